@@ -1,0 +1,628 @@
+"""The verbs for the CPU: fused passes over memory, compiled by Numba.
+
+All compiled code is in this one file because Numba's disk cache notices a change of the
+file a kernel is defined in, and of no other.
+
+Kernels share their work by taking pieces from a counter in memory, so a thread that the
+operating system delays does not delay the others. No fast-math flag is used that assumes
+there are no NaNs, and none at all where results must not depend on the vector width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from adamax._rule import Coefficients
+
+from . import Float64Array, Int64Array, Storage, _threads, state_dtype
+
+# Pieces of work: large enough that taking one costs nothing, small enough to balance.
+_DENSE_PIECE = 32 * 1024
+_SQUARE_SUM_BLOCK = 64 * 1024
+_ROWS_PIECE_ELEMENTS = 16 * 1024
+# Waking a thread takes about as long as updating this many elements in a cache, or half
+# as many in rows all over memory.
+_ELEMENTS_WORTH_A_THREAD = 128 * 1024
+
+_PREFETCH_ROWS = 8
+_PREFETCH_BYTES_OF_ROW = 512
+_CACHE_LINE = 64
+_RADIX_BITS = 11
+
+# A zero of the type that stands for a storage inside compiled code, which knows neither
+# half-precision type: their 16-bit words pass as integers.
+_WORD_OF = {
+    Storage.FLOAT32: np.float32(0),
+    Storage.FLOAT64: np.float64(0),
+    Storage.FLOAT16: np.int16(0),
+    Storage.BFLOAT16: np.uint16(0),
+}
+_FLOAT16, _BFLOAT16 = types.int16, types.uint16
+
+
+# --- Memory and conversions, in terms LLVM can vectorise -------------------------------
+
+
+def _number_type(word: types.Type) -> types.Type:
+    return types.float32 if word in (_FLOAT16, _BFLOAT16) else word
+
+
+@intrinsic
+def _pointer(typing_context, address, word):
+    """``address`` as a pointer to words of the type of ``word``."""
+    signature = types.CPointer(word)(address, word)
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, codegen
+
+
+@intrinsic
+def _itemsize(typing_context, word):
+    """The size of a word in bytes."""
+
+    def codegen(context, builder, signature, arguments):
+        size = context.get_abi_sizeof(context.get_value_type(word))
+        return context.get_constant(types.int64, size)
+
+    return types.int64(word), codegen
+
+
+@intrinsic
+def _load(typing_context, pointer, index):
+    """The number at ``pointer[index]``, 16-bit words widened to float32."""
+    word = pointer.dtype
+    signature = _number_type(word)(pointer, index)
+
+    def codegen(context, builder, signature, arguments):
+        bits = builder.load(builder.gep(arguments[0], [arguments[1]]))
+        if word == _FLOAT16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        if word == _BFLOAT16:
+            wide = builder.zext(bits, ir.IntType(32))
+            return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
+        return bits
+
+    return signature, codegen
+
+
+@intrinsic
+def _store(typing_context, pointer, index, number):
+    """Round ``number`` to nearest, ties to even, and write it to ``pointer[index]``."""
+    word = pointer.dtype
+    signature = types.void(pointer, index, number)
+
+    def codegen(context, builder, signature, arguments):
+        target = builder.gep(arguments[0], [arguments[1]])
+        number = arguments[2]
+        if word == _FLOAT16:
+            number = builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+        elif word == _BFLOAT16:
+            bits = builder.bitcast(number, ir.IntType(32))
+            high = builder.lshr(bits, bits.type(16))
+            half_or_less = builder.add(builder.and_(high, high.type(1)), high.type(0x7FFF))
+            rounded = builder.lshr(builder.add(bits, half_or_less), high.type(16))
+            quiet_nan = builder.or_(high, high.type(0x40))
+            is_nan = builder.fcmp_unordered("uno", number, number)
+            number = builder.trunc(
+                builder.select(is_nan, quiet_nan, rounded), ir.IntType(16)
+            )
+        builder.store(number, target)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _as_number(typing_context, scalar, word):
+    """The float64 ``scalar`` in the type arithmetic on words of this type is done in."""
+    number = _number_type(word)
+    signature = number(types.float64, word)
+
+    def codegen(context, builder, signature, arguments):
+        return context.cast(builder, arguments[0], types.float64, number)
+
+    return signature, codegen
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask for the cache line at ``address``; harmless for any address."""
+    signature = types.void(types.int64)
+
+    def codegen(context, builder, signature, arguments):
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch",
+            (pointer,),
+            ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]),
+        )
+        for_writing, keep, data = i32(1), i32(3), i32(1)
+        target = builder.inttoptr(arguments[0], pointer)
+        builder.call(function, [target, for_writing, keep, data])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _take(typing_context, counter, amount):
+    """Add ``amount`` to the int64 at address ``counter``, atomically; the value before."""
+    signature = types.int64(types.int64, types.int64)
+
+    def codegen(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+
+    return signature, codegen
+
+
+# --- Compilation -----------------------------------------------------------------------
+
+_inlined = numba.njit(error_model="numpy")
+
+
+def _kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile on first use, release the GIL, keep the machine code on disk if possible."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(nogil=True, error_model="numpy", cache=True, **options)(
+                function
+            )
+        except RuntimeError:  # no directory that Numba could write a cache to
+            return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compiled
+
+
+def _call(kernel: Any, *arguments: Any) -> Any:
+    """Call ``kernel``; failing to write to the cache (a full disk, say) is no error."""
+    try:
+        return kernel(*arguments)
+    except OSError:
+        # Only compiling can raise this, before the kernel has run, and Numba keeps what
+        # it compiled in memory before it tries to save it.
+        return kernel(*arguments)
+
+
+def _call_in_parallel(kernel: Any, elements: int, threads: int, *arguments: Any) -> None:
+    """Call ``kernel(*arguments, counter)`` in as many threads as the work is worth."""
+    counter = np.zeros(1, np.int64)
+    address = counter.ctypes.data
+
+    def task(counter: Int64Array = counter) -> None:  # holds the counter's memory
+        _call(kernel, *arguments, address)
+
+    _threads.run(task, min(threads, 1 + elements // _ELEMENTS_WORTH_A_THREAD))
+
+
+# --- The rule --------------------------------------------------------------------------
+
+
+@_inlined
+def _update(
+    w,
+    m,
+    u,
+    g,
+    length,
+    step_size,
+    decay,
+    scale,
+    one_minus_beta_1,
+    beta_2,
+    epsilon,
+    clipvalue,
+):
+    """The rule on ``length`` elements at four pointers; scalars of the same type."""
+    for i in range(length):
+        gradient = scale * _load(g, i)
+        gradient = clipvalue if gradient > clipvalue else gradient
+        gradient = -clipvalue if gradient < -clipvalue else gradient
+        moment = _load(m, i)
+        moment = moment + one_minus_beta_1 * (gradient - moment)
+        size = abs(gradient)
+        decayed = beta_2 * _load(u, i)
+        # A NaN in either must come out, hence not max().
+        norm = decayed if decayed > size or decayed != decayed else size
+        _store(m, i, moment)
+        _store(u, i, norm)
+        _store(w, i, decay * _load(w, i) - step_size * (moment / (norm + epsilon)))
+
+
+@_kernel()
+def _dense_step(
+    word,
+    number,
+    addresses,
+    lengths,
+    factors,
+    one_minus_beta_1,
+    beta_2,
+    epsilon,
+    clipvalue,
+    counter,
+):
+    total = lengths.sum()
+    while True:
+        start = _take(counter, _DENSE_PIECE)
+        if start >= total:
+            return
+        stop = min(start + _DENSE_PIECE, total)
+        before = 0
+        for i in range(lengths.shape[0]):
+            first = max(start - before, 0)
+            length = min(stop - before, lengths[i]) - first
+            before += lengths[i]
+            if length > 0:
+                _update(
+                    _pointer(addresses[i, 0] + first * _itemsize(word), word),
+                    _pointer(addresses[i, 1] + first * _itemsize(number), number),
+                    _pointer(addresses[i, 2] + first * _itemsize(number), number),
+                    _pointer(addresses[i, 3] + first * _itemsize(word), word),
+                    length,
+                    _as_number(factors[i, 0], word),
+                    _as_number(factors[i, 1], word),
+                    _as_number(factors[i, 2], word),
+                    _as_number(one_minus_beta_1, word),
+                    _as_number(beta_2, word),
+                    _as_number(epsilon, word),
+                    _as_number(clipvalue, word),
+                )
+
+
+@_kernel()
+def _rows_step(
+    word,
+    number,
+    keys,
+    shift,
+    addresses,
+    row_length,
+    factors,
+    one_minus_beta_1,
+    beta_2,
+    epsilon,
+    clipvalue,
+    piece,
+    counter,
+):
+    count = keys.shape[0]
+    word_bytes = row_length * _itemsize(word)
+    number_bytes = row_length * _itemsize(number)
+    step_size = _as_number(factors[0], word)
+    decay = _as_number(factors[1], word)
+    scale = _as_number(factors[2], word)
+    one_minus_beta_1 = _as_number(one_minus_beta_1, word)
+    beta_2 = _as_number(beta_2, word)
+    epsilon = _as_number(epsilon, word)
+    clipvalue = _as_number(clipvalue, word)
+    summed = np.empty(row_length, np.float64)  # room for either type of number
+    total = _pointer(summed.ctypes.data, number)
+    while True:
+        start = _take(counter, piece)
+        if start >= count:
+            return
+        stop = min(start + piece, count)
+        i = _next_row(keys, shift, start, stop)
+        while i < stop:
+            if i + _PREFETCH_ROWS < count:
+                row, position = _split(keys[i + _PREFETCH_ROWS], shift)
+                for line in range(0, min(word_bytes, _PREFETCH_BYTES_OF_ROW), _CACHE_LINE):
+                    _prefetch(addresses[0] + row * word_bytes + line)
+                    _prefetch(addresses[3] + position * word_bytes + line)
+                for line in range(
+                    0, min(number_bytes, _PREFETCH_BYTES_OF_ROW), _CACHE_LINE
+                ):
+                    _prefetch(addresses[1] + row * number_bytes + line)
+                    _prefetch(addresses[2] + row * number_bytes + line)
+            row, position = _split(keys[i], shift)
+            w = _pointer(addresses[0] + row * word_bytes, word)
+            m = _pointer(addresses[1] + row * number_bytes, number)
+            u = _pointer(addresses[2] + row * number_bytes, number)
+            g = _pointer(addresses[3] + position * word_bytes, word)
+            end = _end_of_row(keys, shift, i)
+            if end == i + 1:
+                _update(
+                    w,
+                    m,
+                    u,
+                    g,
+                    row_length,
+                    step_size,
+                    decay,
+                    scale,
+                    one_minus_beta_1,
+                    beta_2,
+                    epsilon,
+                    clipvalue,
+                )
+            else:
+                _sum_row(total, keys, shift, i, end, addresses[3], row_length, word)
+                _update(
+                    w,
+                    m,
+                    u,
+                    total,
+                    row_length,
+                    step_size,
+                    decay,
+                    scale,
+                    one_minus_beta_1,
+                    beta_2,
+                    epsilon,
+                    clipvalue,
+                )
+            i = end
+
+
+# --- Grouping of indices: a key is the row in the high bits, the position in the low ----
+
+
+@_inlined
+def _split(key, shift):
+    position = key & ((np.uint64(1) << shift) - np.uint64(1))
+    return np.int64(key >> shift), np.int64(position)
+
+
+@_inlined
+def _next_row(keys, shift, start, stop):
+    """The first position in ``[start, stop)`` at which a row begins, or ``stop``."""
+    if start > 0:
+        row = keys[start - 1] >> shift
+        while start < stop and (keys[start] >> shift) == row:
+            start += 1
+    return start
+
+
+@_inlined
+def _end_of_row(keys, shift, start):
+    row = keys[start] >> shift
+    end = start + 1
+    while end < keys.shape[0] and (keys[end] >> shift) == row:
+        end += 1
+    return end
+
+
+@_inlined
+def _sum_row(total, keys, shift, start, end, values, row_length, word):
+    """Sum the values of one row, in the order in which they were given."""
+    row_bytes = row_length * _itemsize(word)
+    for i in range(start, end):
+        _, position = _split(keys[i], shift)
+        g = _pointer(values + position * row_bytes, word)
+        if i == start:
+            for j in range(row_length):
+                _store(total, j, _load(g, j))
+        else:
+            for j in range(row_length):
+                _store(total, j, _load(total, j) + _load(g, j))
+
+
+@_kernel()
+def _make_keys(index, indices, rows, shift, keys):
+    """Write the keys of the indices at an address.
+
+    Returns the position of the first index outside ``[0, rows)`` or -1, whether the keys
+    are in ascending order, and the largest index.
+    """
+    index = _pointer(indices, index)
+    ascending, previous, largest = True, np.int64(-1), np.int64(0)
+    for position in range(keys.shape[0]):
+        row = np.int64(_load(index, position))
+        if row < 0 or row >= rows:
+            return position, ascending, largest
+        keys[position] = (np.uint64(row) << shift) | np.uint64(position)
+        ascending = ascending and row >= previous
+        previous = row
+        largest = max(largest, row)
+    return -1, ascending, largest
+
+
+@_kernel()
+def _sort_keys(keys, scratch, shift, bits):
+    """Radix sort by the ``bits`` bits above ``shift``; equal rows keep their order.
+
+    Returns whether the sorted keys are in ``scratch``.
+    """
+    passes = (bits + _RADIX_BITS - 1) // _RADIX_BITS
+    width = (bits + passes - 1) // passes
+    places = np.empty(1 << width, np.int64)
+    mask = np.uint64((1 << width) - 1)
+    for digit in range(passes):
+        low = shift + np.uint64(digit * width)
+        places[:] = 0
+        for i in range(keys.shape[0]):
+            places[np.int64((keys[i] >> low) & mask)] += 1
+        place = 0
+        for value in range(places.shape[0]):
+            occurrences = places[value]
+            places[value] = place
+            place += occurrences
+        for i in range(keys.shape[0]):
+            value = np.int64((keys[i] >> low) & mask)
+            scratch[places[value]] = keys[i]
+            places[value] += 1
+        keys, scratch = scratch, keys
+    return passes % 2 == 1
+
+
+# --- Sums of squares: float64, in blocks of a fixed size, so that any number of threads
+# adds in the same order ----------------------------------------------------------------
+
+
+@_kernel(fastmath={"reassoc"})
+def _dense_square_sums(word, addresses, lengths, first_blocks, sums, counter):
+    while True:
+        block = _take(counter, 1)
+        if block >= sums.shape[0]:
+            return
+        i = np.searchsorted(first_blocks, block, side="right") - 1
+        start = (block - first_blocks[i]) * _SQUARE_SUM_BLOCK
+        length = min(_SQUARE_SUM_BLOCK, lengths[i] - start)
+        g = _pointer(addresses[i] + start * _itemsize(word), word)
+        total = 0.0
+        for j in range(length):
+            number = np.float64(_load(g, j))
+            total += number * number
+        sums[block] = total
+
+
+@_kernel(fastmath={"reassoc"})
+def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums, counter):
+    summed = np.empty(row_length, np.float64)  # room for either type of number
+    total = _pointer(summed.ctypes.data, number)
+    while True:
+        block = _take(counter, 1)
+        if block >= sums.shape[0]:
+            return
+        stop = min((block + 1) * piece, keys.shape[0])
+        i = _next_row(keys, shift, block * piece, stop)
+        square_sum = 0.0
+        while i < stop:
+            end = _end_of_row(keys, shift, i)
+            _sum_row(total, keys, shift, i, end, values, row_length, word)
+            for j in range(row_length):
+                element = np.float64(_load(total, j))
+                square_sum += element * element
+            i = end
+        sums[block] = square_sum
+
+
+# --- The verbs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    keys: npt.NDArray[np.uint64]  # ascending
+    shift: np.uint64  # row and position part here
+
+
+def dense_step(
+    storage: Storage,
+    addresses: Int64Array,
+    lengths: Int64Array,
+    factors: Float64Array,
+    coefficients: Coefficients,
+    threads: int,
+) -> None:
+    _call_in_parallel(
+        _dense_step,
+        int(lengths.sum()),
+        threads,
+        *_types_of(storage),
+        addresses,
+        lengths,
+        factors,
+        *_scalars(coefficients),
+    )
+
+
+def dense_square_sums(
+    storage: Storage, addresses: Int64Array, lengths: Int64Array, threads: int
+) -> Float64Array:
+    blocks = np.maximum(-(-lengths // _SQUARE_SUM_BLOCK), 1)
+    first_blocks = np.cumsum(blocks) - blocks
+    sums = np.empty(int(blocks.sum()))
+    _call_in_parallel(
+        _dense_square_sums,
+        int(lengths.sum()),
+        threads,
+        _WORD_OF[storage],
+        addresses,
+        lengths,
+        first_blocks,
+        sums,
+    )
+    return np.add.reduceat(sums, first_blocks) if sums.size else sums
+
+
+def group_rows(indices: npt.NDArray[np.int32] | Int64Array, rows: int) -> RowGroups:
+    indices = np.require(indices, requirements="C")
+    position_bits = max(indices.size - 1, 0).bit_length()
+    if position_bits + rows.bit_length() > 64:
+        raise ValueError(f"cannot group {indices.size} indices into {rows} rows")
+    shift = np.uint64(position_bits)
+    keys = np.empty(indices.size, np.uint64)
+    outside, ascending, largest = _call(
+        _make_keys, indices.dtype.type(0), indices.ctypes.data, rows, shift, keys
+    )
+    if outside >= 0:
+        raise IndexError(
+            f"indices[{outside}] must be in [0, {rows}), got {indices[outside]}"
+        )
+    if not ascending:
+        scratch = np.empty_like(keys)
+        if _call(_sort_keys, keys, scratch, shift, largest.bit_length()):
+            keys = scratch
+    return RowGroups(keys, shift)
+
+
+def rows_step(
+    storage: Storage,
+    groups: RowGroups,
+    addresses: Int64Array,
+    row_length: int,
+    factors: Float64Array,
+    coefficients: Coefficients,
+    threads: int,
+) -> None:
+    _call_in_parallel(
+        _rows_step,
+        2 * groups.keys.size * row_length,
+        threads,
+        *_types_of(storage),
+        groups.keys,
+        groups.shift,
+        addresses,
+        row_length,
+        factors,
+        *_scalars(coefficients),
+        _rows_piece(row_length),
+    )
+
+
+def rows_square_sum(
+    storage: Storage, groups: RowGroups, address: int, row_length: int, threads: int
+) -> float:
+    piece = _rows_piece(row_length)
+    sums = np.empty(-(-groups.keys.size // piece))
+    _call_in_parallel(
+        _rows_square_sums,
+        2 * groups.keys.size * row_length,
+        threads,
+        *_types_of(storage),
+        groups.keys,
+        groups.shift,
+        address,
+        row_length,
+        piece,
+        sums,
+    )
+    return float(sums.sum())
+
+
+def _types_of(storage: Storage) -> tuple[Any, Any]:
+    return _WORD_OF[storage], state_dtype(storage).type(0)
+
+
+def _scalars(coefficients: Coefficients) -> tuple[float, float, float, float]:
+    return (
+        coefficients.one_minus_beta_1,
+        coefficients.beta_2,
+        coefficients.epsilon,
+        coefficients.clipvalue,
+    )
+
+
+def _rows_piece(row_length: int) -> int:
+    return max(1, _ROWS_PIECE_ELEMENTS // max(row_length, 1))

@@ -1,0 +1,152 @@
+"""The verbs in NumPy, unfused and obvious: what the fused kernels are compared with.
+
+The order of operations is that of the fused kernels, so results are equal bit for bit.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adamax._rule import Coefficients
+
+from . import Factor, Float64Array, Int64Array, Storage, state_dtype
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    rows: Int64Array  # distinct, ascending
+    group: Int64Array  # which of them each index is
+
+
+def dense_step(
+    storage: Storage,
+    addresses: Int64Array,
+    lengths: Int64Array,
+    factors: Float64Array,
+    coefficients: Coefficients,
+    threads: int,
+) -> None:
+    dtype = state_dtype(storage)
+    for row, length, factor in zip(addresses, lengths, factors, strict=True):
+        w = _view(row[0], length, _word(storage))
+        m, u = (_view(address, length, dtype) for address in row[1:3])
+        g = _widened(storage, _view(row[3], length, _word(storage)))
+        w[:], m[:], u[:] = _stepped(storage, w, m, u, g, factor, coefficients)
+
+
+def dense_square_sums(
+    storage: Storage, addresses: Int64Array, lengths: Int64Array, threads: int
+) -> Float64Array:
+    gradients = (
+        _widened(storage, _view(address, length, _word(storage)))
+        for address, length in zip(addresses, lengths, strict=True)
+    )
+    return np.array([_square_sum(g) for g in gradients])
+
+
+def group_rows(indices: npt.NDArray[np.int32] | Int64Array, rows: int) -> RowGroups:
+    outside = np.flatnonzero((indices < 0) | (indices >= rows))
+    if outside.size:
+        position = int(outside[0])
+        raise IndexError(
+            f"indices[{position}] must be in [0, {rows}), got {indices[position]}"
+        )
+    distinct, group = np.unique(indices, return_inverse=True)
+    return RowGroups(distinct.astype(np.int64), group)
+
+
+def rows_step(
+    storage: Storage,
+    groups: RowGroups,
+    addresses: Int64Array,
+    row_length: int,
+    factors: Float64Array,
+    coefficients: Coefficients,
+    threads: int,
+) -> None:
+    if groups.rows.size == 0:
+        return
+    shape = (int(groups.rows[-1]) + 1, row_length)
+    dtype = state_dtype(storage)
+    w = _view(addresses[0], shape[0] * row_length, _word(storage)).reshape(shape)
+    m = _view(addresses[1], shape[0] * row_length, dtype).reshape(shape)
+    u = _view(addresses[2], shape[0] * row_length, dtype).reshape(shape)
+    g = _summed(storage, groups, int(addresses[3]), row_length)
+    at = groups.rows
+    w[at], m[at], u[at] = _stepped(storage, w[at], m[at], u[at], g, factors, coefficients)
+
+
+def rows_square_sum(
+    storage: Storage, groups: RowGroups, address: int, row_length: int, threads: int
+) -> float:
+    return _square_sum(_summed(storage, groups, address, row_length))
+
+
+def _stepped(
+    storage: Storage,
+    w: Array,
+    m: Array,
+    u: Array,
+    g: Array,
+    factors: Float64Array,
+    coefficients: Coefficients,
+) -> tuple[Array, Array, Array]:
+    number: Any = state_dtype(storage).type
+    step_size = number(factors[Factor.STEP_SIZE])
+    decay = number(factors[Factor.DECAY])
+    scale = number(factors[Factor.SCALE])
+    clipvalue = number(coefficients.clipvalue)
+    with np.errstate(all="ignore"):
+        g = np.clip(scale * g, -clipvalue, clipvalue)
+        m = m + number(coefficients.one_minus_beta_1) * (g - m)
+        u = np.maximum(number(coefficients.beta_2) * u, np.abs(g))
+        w = decay * _widened(storage, w) - step_size * (
+            m / (u + number(coefficients.epsilon))
+        )
+    return _narrowed(storage, w), m, u
+
+
+def _summed(storage: Storage, groups: RowGroups, address: int, row_length: int) -> Array:
+    count = groups.group.size
+    words = _view(address, count * row_length, _word(storage)).reshape(count, row_length)
+    summed = np.zeros((groups.rows.size, row_length), state_dtype(storage))
+    with np.errstate(all="ignore"):
+        np.add.at(summed, groups.group, _widened(storage, words))
+    return summed
+
+
+def _square_sum(g: Array) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.sum(np.square(g.astype(np.float64))))
+
+
+def _view(address: int, length: int, dtype: npt.DTypeLike) -> Array:
+    dtype = np.dtype(dtype)
+    memory = (ctypes.c_byte * (int(length) * dtype.itemsize)).from_address(int(address))
+    array: Array = np.frombuffer(memory, dtype)  # type: ignore[call-overload]
+    return array
+
+
+def _word(storage: Storage) -> npt.DTypeLike:
+    return np.uint16 if storage is Storage.BFLOAT16 else storage.value
+
+
+def _widened(storage: Storage, words: Array) -> Array:
+    if storage is Storage.BFLOAT16:
+        return (words.astype(np.uint32) << 16).view(np.float32)
+    return words.astype(state_dtype(storage))
+
+
+def _narrowed(storage: Storage, numbers: Array) -> Array:
+    if storage is not Storage.BFLOAT16:
+        with np.errstate(all="ignore"):
+            return numbers.astype(storage.value)
+    bits = numbers.view(np.uint32)
+    to_nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(numbers), quiet_nan, to_nearest_even).astype(np.uint16)

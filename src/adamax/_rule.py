@@ -1,0 +1,220 @@
+"""The rule, its hyperparameters and the scalars of one step.
+
+State per parameter: the first moment ``m`` and the exponentially weighted infinity norm
+``u``, both zero at the start. At step ``t`` (1-based) with gradient ``g`` and learning
+rate ``lr_t``::
+
+    m <- m + (1 - beta_1) * (g - m)
+    u <- max(beta_2 * u, |g|)
+    w <- (1 - lr_t * weight_decay) * w - lr_t / (1 - beta_1**t) * (m / (u + epsilon))
+
+Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7.1, with
+Keras' epsilon in the denominator and decoupled weight decay.
+
+A gradient may be scaled (clipping by norm) or clamped (clipping by value) on its way into
+the rule. NaN and infinity are not filtered: they reach ``m``, ``u`` and ``w``.
+
+A sparse gradient is a set of rows. Repeated indices are summed first, then the rule runs
+once per distinct row. With ``sparse="lazy"`` rows whose index is absent keep ``w``, ``m``
+and ``u`` bit for bit.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import InitVar, dataclass, fields
+from types import MappingProxyType
+from typing import Any, SupportsFloat, TypeAlias
+
+LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
+
+SPARSE_MODES = ("lazy",)
+CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+
+# Below this, epsilon vanishes in float32 arithmetic, and a row that has only seen zero
+# gradients becomes 0 / 0.
+_SMALLEST_EPSILON = 2.0**-126
+
+
+@dataclass(frozen=True, slots=True)
+class _Interval:
+    low: float
+    high: float = math.inf
+    includes_low: bool = True
+
+    def __contains__(self, number: float) -> bool:
+        above = number >= self.low if self.includes_low else number > self.low
+        return above and number < self.high
+
+    def __str__(self) -> str:
+        return f"{'[' if self.includes_low else '('}{self.low:.4g}, {self.high:.4g})"
+
+
+_INTERVALS: Mapping[str, _Interval] = MappingProxyType(
+    {
+        "learning_rate": _Interval(0.0),
+        "beta_1": _Interval(0.0, 1.0),
+        "beta_2": _Interval(0.0, 1.0),
+        "epsilon": _Interval(_SMALLEST_EPSILON),
+        "weight_decay": _Interval(0.0),
+        **{name: _Interval(0.0, includes_low=False) for name in CLIPPING},
+    }
+)
+
+
+def checked_number(hyperparameter: str, value: object, name: str | None = None) -> float:
+    """Return ``value`` as a float if ``hyperparameter`` may take it.
+
+    ``name`` is what the front end calls the argument, where that differs.
+
+    Raises:
+        TypeError: ``value`` is not a real number or an array of one.
+        ValueError: it is outside the interval the hyperparameter is defined on, or NaN.
+    """
+    name = name or hyperparameter
+    number = _real_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    interval = _INTERVALS[hyperparameter]
+    if number not in interval:
+        raise ValueError(f"{name} must be in {interval}, got {number!r}")
+    return number
+
+
+def _real_number(value: object) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, numbers.Real):
+        return float(value)
+    # 0-d arrays and tensors of any framework describe themselves the same way.
+    dtype = str(getattr(value, "dtype", ""))
+    if getattr(value, "shape", None) == () and ("float" in dtype or "int" in dtype):
+        return float(value)  # type: ignore[arg-type]
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """What a user chooses, validated once; every front end holds one of these.
+
+    ``names`` maps a field to what the front end calls it, for the error messages.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its interval, or more than one of ``clipnorm``,
+            ``clipvalue`` and ``global_clipnorm``.
+    """
+
+    learning_rate: LearningRate = 0.001
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-7
+    weight_decay: float = 0.0
+    clipnorm: float | None = None
+    clipvalue: float | None = None
+    global_clipnorm: float | None = None
+    sparse: str = "lazy"
+    names: InitVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __post_init__(self, names: Mapping[str, str]) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            name = names.get(field.name, field.name)
+            if field.name == "sparse":
+                if value not in SPARSE_MODES:
+                    expected = " or ".join(repr(mode) for mode in SPARSE_MODES)
+                    raise ValueError(f"{name} must be {expected}, got {value!r}")
+            elif field.name == "learning_rate":
+                check_learning_rate(value, name)
+            elif value is not None or field.name not in CLIPPING:
+                number = checked_number(field.name, value, name)
+                object.__setattr__(self, field.name, number)
+        chosen = {name: getattr(self, name) for name in CLIPPING}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if len(chosen) > 1:
+            given = ", ".join(f"{names.get(n, n)}={v!r}" for n, v in chosen.items())
+            raise ValueError(
+                f"at most one of {', '.join(names.get(n, n) for n in CLIPPING)} "
+                f"may be given, got {given}"
+            )
+
+
+def check_learning_rate(value: LearningRate, name: str = "learning_rate") -> None:
+    """Raise unless ``value`` is a learning rate or could be a schedule of one."""
+    if not callable(value):
+        checked_number("learning_rate", value, name)
+
+
+def learning_rate_at(
+    learning_rate: LearningRate, step: int, name: str = "learning_rate"
+) -> float:
+    """The learning rate of 0-based ``step``, validated."""
+    if callable(learning_rate):
+        value = learning_rate(step)
+        return checked_number("learning_rate", value, f"{name}({step})")
+    return checked_number("learning_rate", learning_rate, name)
+
+
+def step_size(learning_rate: float, beta_1: float, t: int) -> float:
+    """``learning_rate / (1 - beta_1**t)`` for the 1-based step ``t``, in float64.
+
+    ``expm1`` keeps full precision where ``beta_1**t`` is close to 1.
+
+    >>> round(step_size(0.1, 0.9, 1), 12)
+    1.0
+    """
+    if beta_1 == 0.0:
+        return learning_rate
+    return learning_rate / -math.expm1(t * math.log(beta_1))
+
+
+def decay_factor(learning_rate: float, weight_decay: float) -> float:
+    """``1 - learning_rate * weight_decay``, what decoupled decay multiplies ``w`` by."""
+    return 1.0 - learning_rate * weight_decay
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What a gradient of this norm is multiplied by so that its norm is at most ``limit``.
+
+    A NaN norm gives NaN, so that a broken gradient is not hidden.
+
+    >>> clip_factor(norm=4.0, limit=1.0), clip_factor(norm=0.5, limit=1.0)
+    (0.25, 1.0)
+    """
+    return 1.0 if norm <= limit else limit / norm
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """The scalars of the rule that all parameters of one launch share, in float64."""
+
+    one_minus_beta_1: float
+    beta_2: float
+    epsilon: float
+    clipvalue: float
+
+    @classmethod
+    def of(cls, hyperparameters: Hyperparameters) -> "Coefficients":
+        clipvalue = hyperparameters.clipvalue
+        return cls(
+            one_minus_beta_1=1.0 - hyperparameters.beta_1,
+            beta_2=hyperparameters.beta_2,
+            epsilon=hyperparameters.epsilon,
+            clipvalue=math.inf if clipvalue is None else clipvalue,
+        )
+
+
+def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise a ``TypeError`` that names the first unknown entry."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def settings(hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """The fields of ``hyperparameters`` as a dict, in the order of their definition."""
+    return {f.name: getattr(hyperparameters, f.name) for f in fields(hyperparameters)}
