@@ -94,10 +94,43 @@ def _copied_variable(parameter: Array, name: str, m: Array, u: Array) -> Variabl
     return variable
 
 
-class DenseUpdate:
+class Update:
+    """One step of one parameter, checked.
+
+    ``work`` holds copies for the kernels to work on where they cannot work on the
+    parameter itself, because it is not contiguous, aligned and of the native byte order.
+    """
+
+    __slots__ = ("address", "gradient", "variable", "work")
+
+    gradient: Array
+    address: int  # of the gradient
+
+    def __init__(self, gradient: Array, variable: Variable) -> None:
+        self.variable = variable
+        self.work: tuple[Array, ...] = ()
+        self.take(gradient)
+
+    def take(self, gradient: Array) -> None:
+        self.gradient = gradient
+        self.address = _address(gradient)
+
+    def prepare(self) -> None:
+        """Make the copies in ``work``, if any; the state has been allocated."""
+
+    def finish(self) -> None:
+        """Copy ``work`` back."""
+
+    def addresses(self) -> tuple[int, ...]:
+        """Of ``w``, ``m``, ``u`` and the gradient."""
+        in_place = self.variable.addresses[len(self.work) :]
+        return *map(_address, self.work), *in_place, self.address
+
+
+class DenseUpdate(Update):
     """One step of a whole parameter."""
 
-    __slots__ = ("gradient", "variable", "w")
+    __slots__ = ()
 
     def __init__(self, gradient: Any, variable: Variable) -> None:
         gradient = _as_array(gradient, variable)
@@ -109,48 +142,31 @@ class DenseUpdate:
         flags = gradient.flags
         in_order = flags.c_contiguous if variable.order == "C" else flags.f_contiguous
         if gradient.dtype != variable.native_dtype or not in_order or not flags.aligned:
-            gradient = _converted(gradient, variable)
-        self.variable = variable
-        self.gradient = gradient
-        self.w = variable.parameter
+            gradient = _converted(gradient, variable.native_dtype, variable.order)
+        super().__init__(gradient, variable)
+
+    def prepare(self) -> None:
+        variable = self.variable
         if not variable.direct:
-            self.w = _converted(variable.parameter, variable)
+            self.work = (
+                _converted(variable.parameter, variable.native_dtype, variable.order),
+            )
 
-    def addresses(self) -> tuple[int, int, int, int]:
-        w, m, u = self.variable.addresses
-        if self.w is not self.variable.parameter:
-            w = _address(self.w)
-        return w, m, u, _address(self.gradient)
-
-    def write_back(self) -> None:
-        if self.w is not self.variable.parameter:
-            self.variable.parameter[...] = self.w
+    def finish(self) -> None:
+        if self.work:
+            self.variable.parameter[...] = self.work[0]
 
 
-class RowsUpdate:
-    """One step of some rows of a table.
+class RowsUpdate(Update):
+    """One step of some rows of a table."""
 
-    Where kernels cannot work on the table itself, ``w``, ``m`` and ``u`` are copies of
-    its distinct ``rows``.
-    """
-
-    __slots__ = ("gradient", "groups", "m", "row_length", "rows", "u", "variable", "w")
+    __slots__ = ("groups", "row_length", "rows")
 
     def __init__(self, gradient: SparseGradient, variable: Variable) -> None:
         shape, name = variable.shape, variable.name
         if not shape:
             raise ValueError(f"parameter {name!r} has no rows, but its gradient is sparse")
-        indices = np.asarray(gradient.indices)
-        if indices.dtype.kind not in "iu" and indices.size:
-            raise TypeError(
-                f"the indices of the gradient of parameter {name!r} must be integers, "
-                f"got {indices.dtype}"
-            )
-        if indices.ndim != 1:
-            raise ValueError(
-                f"the indices of the gradient of parameter {name!r} must have one "
-                f"dimension, got the shape {indices.shape}"
-            )
+        indices = _checked_indices(gradient.indices, name)
         values = _as_array(gradient.values, variable)
         expected = (indices.size, *shape[1:])
         if values.shape != expected:
@@ -159,50 +175,40 @@ class RowsUpdate:
                 f"{expected}, got {values.shape}"
             )
         dense_shape = getattr(gradient, "dense_shape", None)
-        if dense_shape is not None and tuple(np.asarray(dense_shape)) != shape:
+        if dense_shape is not None and tuple(np.asarray(dense_shape).tolist()) != shape:
             raise ValueError(
                 f"the dense_shape of the gradient of parameter {name!r} must be {shape}, "
                 f"got {tuple(np.asarray(dense_shape).tolist())}"
             )
-        if indices.dtype not in (np.int32, np.int64) or not indices.dtype.isnative:
-            indices = indices.astype(np.int64)
-        flags = values.flags
-        if values.dtype != variable.native_dtype or not (
-            flags.c_contiguous and flags.aligned
-        ):
-            values = np.require(values, variable.native_dtype, ["C", "A"])
-        self.variable = variable
-        self.gradient = values
+        super().__init__(_converted(values, variable.native_dtype, "C"), variable)
         self.row_length = math.prod(shape[1:])
-        self.w, self.m, self.u = variable.parameter, variable.parameter, variable.parameter
-        self.rows: Array | None = None
         try:
             self.groups = kernels().group_rows(indices, shape[0])
         except IndexError as error:
             raise IndexError(f"the gradient of parameter {name!r}: {error}") from None
+        self.rows: Array | None = None
         if not (variable.direct and variable.order == "C"):
-            self.rows, place = np.unique(indices, return_inverse=True)
-            self.groups = kernels().group_rows(place.astype(np.int64), self.rows.size)
+            # The kernels work on copies of the distinct rows, so number those.
+            self.rows, numbered = np.unique(indices, return_inverse=True)
+            self.groups = kernels().group_rows(
+                numbered.astype(np.int64, copy=False), self.rows.size
+            )
 
-    def addresses(self) -> tuple[int, int, int, int]:
-        w, m, u = self.variable.addresses
+    def prepare(self) -> None:
         if self.rows is not None:
-            # Not in the constructor: the state may not have been there yet.
-            variable, native = self.variable, self.variable.native_dtype
-            self.w = np.require(variable.parameter[self.rows], native, ["C", "A"])
-            self.m = np.ascontiguousarray(variable.m[self.rows])
-            self.u = np.ascontiguousarray(variable.u[self.rows])
-            w, m, u = _address(self.w), _address(self.m), _address(self.u)
-        return w, m, u, _address(self.gradient)
+            variable = self.variable
+            self.work = (
+                _converted(variable.parameter[self.rows], variable.native_dtype, "C"),
+                np.ascontiguousarray(variable.m[self.rows]),
+                np.ascontiguousarray(variable.u[self.rows]),
+            )
 
-    def write_back(self) -> None:
+    def finish(self) -> None:
         if self.rows is not None:
-            self.variable.parameter[self.rows] = self.w
-            self.variable.m[self.rows] = self.m
-            self.variable.u[self.rows] = self.u
-
-
-Update: TypeAlias = DenseUpdate | RowsUpdate
+            variable = self.variable
+            targets = (variable.parameter, variable.m, variable.u)
+            for target, rows in zip(targets, self.work, strict=True):
+                target[self.rows] = rows
 
 
 def update_of(gradient: Any, variable: Variable) -> Update:
@@ -216,43 +222,35 @@ class Memory:
     """The memory that steps write: that of all parameters and of their state."""
 
     def __init__(self, variables: Sequence[Variable]) -> None:
-        self._parameters = [variable.parameter for variable in variables]
-        self._names = [variable.name for variable in variables]
-        spans = [_span(array) for array in self._parameters]
-        self._starts = np.array([start for start, _ in spans], np.int64)
-        self._ends = np.array([end for _, end in spans], np.int64)
-        spans += [_span(array) for v in variables for array in (v.m, v.u)]
-        self._merged_starts, self._merged_ends = _merged(spans)
+        self._variables = variables
+        written = [array for v in variables for array in (v.parameter, v.m, v.u)]
+        self._starts, self._ends = _merged(map(_span, written))
 
-    def check_disjoint(self, fresh: Iterable[Variable]) -> None:
+    def check_disjoint(self, fresh: Sequence[Variable]) -> None:
         """Raise if a new parameter shares memory with another, old or new."""
-        known = list(zip(self._parameters, self._names, strict=True))
-        starts, ends = list(self._starts), list(self._ends)
-        for variable in fresh:
-            start, end = _span(variable.parameter)
-            near = np.flatnonzero((np.array(starts) < end) & (np.array(ends) > start))
-            for index in near:
-                other, name = known[index]
-                if _share_memory(variable.parameter, other):
+        spans = [(*_span(v.parameter), v) for v in (*self._variables, *fresh)]
+        spans.sort(key=lambda span: span[0])
+        open_spans: list[tuple[int, int, Variable]] = []
+        for start, end, variable in spans:
+            open_spans = [span for span in open_spans if span[1] > start]
+            for _, _, other in open_spans:
+                if _share_memory(variable.parameter, other.parameter):
+                    new, old = (variable, other) if variable in fresh else (other, variable)
                     raise ValueError(
-                        f"parameter {variable.name!r} shares memory with parameter "
-                        f"{name!r}, which has state; pass the same array object in every "
-                        f"step, not a new view of it"
+                        f"parameter {new.name!r} shares memory with {old.name!r}; "
+                        f"pass the same array in every step, not a new view of it"
                     )
-            known.append((variable.parameter, variable.name))
-            starts.append(start)
-            ends.append(end)
+            open_spans.append((start, end, variable))
 
     def protect(self, updates: Sequence[Update]) -> None:
         """Copy the gradients that lie in this memory, so that no write changes them."""
-        starts = np.array([_address(update.gradient) for update in updates])
+        starts = np.array([update.address for update in updates], np.int64)
         ends = starts + [update.gradient.nbytes for update in updates]
-        place = np.searchsorted(self._merged_ends, starts, side="right")
-        inside = place < self._merged_starts.size
-        inside[inside] = self._merged_starts[place[inside]] < ends[inside]
+        place = np.searchsorted(self._ends, starts, side="right")
+        inside = place < self._starts.size
+        inside[inside] = self._starts[place[inside]] < ends[inside]
         for index in np.flatnonzero(inside).tolist():
-            update = updates[index]
-            update.gradient = update.gradient.copy(order="K")
+            updates[index].take(updates[index].gradient.copy(order="K"))
 
 
 def clip_factors(
@@ -275,6 +273,8 @@ def launch(
     threads: int,
 ) -> None:
     """Run the kernels: one launch for all dense updates of a dtype, one for each table."""
+    for update in updates:
+        update.prepare()
     addresses = np.array([update.addresses() for update in updates], np.int64)
     for storage, chosen in _dense_by_storage(updates):
         lengths = np.array([updates[i].gradient.size for i in chosen], np.int64)
@@ -293,22 +293,21 @@ def launch(
                 threads,
             )
     for update in updates:
-        update.write_back()
+        update.finish()
 
 
 def _square_sums(updates: Sequence[Update], threads: int) -> Float64Array:
     sums = np.empty(len(updates))
     for storage, chosen in _dense_by_storage(updates):
-        gradients = [updates[i].gradient for i in chosen]
-        addresses = np.array([_address(gradient) for gradient in gradients], np.int64)
-        lengths = np.array([gradient.size for gradient in gradients], np.int64)
+        addresses = np.array([updates[i].address for i in chosen], np.int64)
+        lengths = np.array([updates[i].gradient.size for i in chosen], np.int64)
         sums[chosen] = kernels().dense_square_sums(storage, addresses, lengths, threads)
     for index, update in enumerate(updates):
         if isinstance(update, RowsUpdate):
             sums[index] = kernels().rows_square_sum(
                 update.variable.storage,
                 update.groups,
-                _address(update.gradient),
+                update.address,
                 update.row_length,
                 threads,
             )
@@ -336,9 +335,26 @@ def _as_array(gradient: Any, variable: Variable) -> Array:
     return array
 
 
-def _converted(array: Array, variable: Variable) -> Array:
-    """A copy that kernels can work on, in the memory order of the variable's state."""
-    return np.require(array, variable.native_dtype, [variable.order, "A"])
+def _checked_indices(indices: Any, name: str) -> npt.NDArray[np.int32] | Int64Array:
+    array = np.asarray(indices)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"the indices of the gradient of parameter {name!r} must be integers, "
+            f"got {array.dtype}"
+        )
+    if array.ndim != 1:
+        raise ValueError(
+            f"the indices of the gradient of parameter {name!r} must have one dimension, "
+            f"got the shape {array.shape}"
+        )
+    if array.dtype == np.int32 or array.dtype == np.int64:
+        return array
+    return array.astype(np.int64)
+
+
+def _converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"]) -> Array:
+    """``array`` itself if the kernels can work on it, else a copy that they can."""
+    return np.require(array, dtype, [order, "A"])
 
 
 def _address(array: Array) -> int:

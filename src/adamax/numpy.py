@@ -204,7 +204,7 @@ class Adamax:
         self._adopt(variables)
         self._memory.protect(updates)
 
-        factors = np.empty((len(updates), len(Factor)))
+        factors = np.zeros((len(updates), len(Factor)))
         factors[:, Factor.STEP_SIZE] = _rule.step_size(
             learning_rate, hyperparameters.beta_1, self._iterations + 1
         )

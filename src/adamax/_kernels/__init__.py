@@ -8,7 +8,7 @@ that is written. Nothing is allocated in proportion to a parameter.
 ``dense_step(storage, addresses, lengths, factors, coefficients, threads)``
     One step of the rule on ``n`` arrays. ``addresses``: int64 ``(n, 4)``, of ``w``,
     ``m``, ``u`` and ``g``. ``lengths``: int64 ``(n,)``, in elements. ``factors``: float64
-    ``(n, 3)``, see :class:`Factor`.
+    ``(n, 4)``, see :class:`Factor`.
 ``dense_square_sums(storage, addresses, lengths, threads)``
     The sum of squares of each of ``n`` gradients, as float64 ``(n,)``, the same for any
     number of threads. ``addresses`` and ``lengths``: int64 ``(n,)``.
@@ -19,7 +19,8 @@ that is written. Nothing is allocated in proportion to a parameter.
 ``rows_step(storage, groups, addresses, row_length, factors, coefficients, threads)``
     One step of the rule on the rows in ``groups``. ``addresses``: int64 ``(4,)``, of ``w``,
     ``m``, ``u`` and of the gradient's values, one row of ``row_length`` elements for each
-    index that was grouped. ``factors``: float64 ``(3,)``.
+    index that was grouped. ``factors``: float64
+    ``(4,)``.
 ``rows_square_sum(storage, groups, address, row_length, threads)``
     The sum of squares of the summed gradient, as a float.
 
@@ -92,7 +93,8 @@ class Factor(enum.IntEnum):
 
     STEP_SIZE = 0  # learning rate / (1 - beta_1**t)
     DECAY = 1  # what w is multiplied by
-    SCALE = 2  # what g is multiplied by
+    SCALE = 2  # what g is multiplied by, before it is clamped
+    COUPLED_DECAY = 3  # what part of w is then added to g (L2 regularisation)
 
 
 class RowGroups(Protocol):

@@ -32,7 +32,7 @@ _ROWS_PIECE_ELEMENTS = 16 * 1024
 _ELEMENTS_WORTH_A_THREAD = 128 * 1024
 
 _PREFETCH_ROWS = 8
-_PREFETCH_BYTES_OF_ROW = 512
+_PREFETCH_BYTES = 512  # of each row
 _CACHE_LINE = 64
 _RADIX_BITS = 11
 
@@ -209,25 +209,32 @@ def _call_in_parallel(kernel: Any, elements: int, threads: int, *arguments: Any)
 
 
 @_inlined
-def _update(
-    w,
-    m,
-    u,
-    g,
-    length,
-    step_size,
-    decay,
-    scale,
-    one_minus_beta_1,
-    beta_2,
-    epsilon,
-    clipvalue,
-):
-    """The rule on ``length`` elements at four pointers; scalars of the same type."""
+def _scalars(factors, coefficients, word):
+    """What :func:`_update` takes besides memory, in the type of its arithmetic."""
+    return (
+        _as_number(factors[0], word),  # in the order of Factor
+        _as_number(factors[1], word),
+        _as_number(factors[2], word),
+        _as_number(factors[3], word),
+        _as_number(coefficients[0], word),
+        _as_number(coefficients[1], word),
+        _as_number(coefficients[2], word),
+        _as_number(coefficients[3], word),
+    )
+
+
+@_inlined
+def _update(w, m, u, g, length, scalars):
+    """The rule on ``length`` elements at four pointers."""
+    step_size, decay, scale, coupled_decay = scalars[:4]
+    one_minus_beta_1, beta_2, epsilon, clipvalue = scalars[4:]
     for i in range(length):
+        parameter = _load(w, i)
         gradient = scale * _load(g, i)
         gradient = clipvalue if gradient > clipvalue else gradient
         gradient = -clipvalue if gradient < -clipvalue else gradient
+        if coupled_decay != 0:  # else an infinite parameter would make the gradient NaN
+            gradient = gradient + coupled_decay * parameter
         moment = _load(m, i)
         moment = moment + one_minus_beta_1 * (gradient - moment)
         size = abs(gradient)
@@ -236,22 +243,11 @@ def _update(
         norm = decayed if decayed > size or decayed != decayed else size
         _store(m, i, moment)
         _store(u, i, norm)
-        _store(w, i, decay * _load(w, i) - step_size * (moment / (norm + epsilon)))
+        _store(w, i, decay * parameter - step_size * (moment / (norm + epsilon)))
 
 
 @_kernel()
-def _dense_step(
-    word,
-    number,
-    addresses,
-    lengths,
-    factors,
-    one_minus_beta_1,
-    beta_2,
-    epsilon,
-    clipvalue,
-    counter,
-):
+def _dense_step(word, number, addresses, lengths, factors, coefficients, counter):
     total = lengths.sum()
     while True:
         start = _take(counter, _DENSE_PIECE)
@@ -270,42 +266,18 @@ def _dense_step(
                     _pointer(addresses[i, 2] + first * _itemsize(number), number),
                     _pointer(addresses[i, 3] + first * _itemsize(word), word),
                     length,
-                    _as_number(factors[i, 0], word),
-                    _as_number(factors[i, 1], word),
-                    _as_number(factors[i, 2], word),
-                    _as_number(one_minus_beta_1, word),
-                    _as_number(beta_2, word),
-                    _as_number(epsilon, word),
-                    _as_number(clipvalue, word),
+                    _scalars(factors[i], coefficients, word),
                 )
 
 
 @_kernel()
 def _rows_step(
-    word,
-    number,
-    keys,
-    shift,
-    addresses,
-    row_length,
-    factors,
-    one_minus_beta_1,
-    beta_2,
-    epsilon,
-    clipvalue,
-    piece,
-    counter,
+    word, number, keys, shift, addresses, row_length, factors, coefficients, piece, counter
 ):
     count = keys.shape[0]
     word_bytes = row_length * _itemsize(word)
     number_bytes = row_length * _itemsize(number)
-    step_size = _as_number(factors[0], word)
-    decay = _as_number(factors[1], word)
-    scale = _as_number(factors[2], word)
-    one_minus_beta_1 = _as_number(one_minus_beta_1, word)
-    beta_2 = _as_number(beta_2, word)
-    epsilon = _as_number(epsilon, word)
-    clipvalue = _as_number(clipvalue, word)
+    scalars = _scalars(factors, coefficients, word)
     summed = np.empty(row_length, np.float64)  # room for either type of number
     total = _pointer(summed.ctypes.data, number)
     while True:
@@ -317,51 +289,23 @@ def _rows_step(
         while i < stop:
             if i + _PREFETCH_ROWS < count:
                 row, position = _split(keys[i + _PREFETCH_ROWS], shift)
-                for line in range(0, min(word_bytes, _PREFETCH_BYTES_OF_ROW), _CACHE_LINE):
+                for line in range(0, min(word_bytes, _PREFETCH_BYTES), _CACHE_LINE):
                     _prefetch(addresses[0] + row * word_bytes + line)
                     _prefetch(addresses[3] + position * word_bytes + line)
-                for line in range(
-                    0, min(number_bytes, _PREFETCH_BYTES_OF_ROW), _CACHE_LINE
-                ):
+                for line in range(0, min(number_bytes, _PREFETCH_BYTES), _CACHE_LINE):
                     _prefetch(addresses[1] + row * number_bytes + line)
                     _prefetch(addresses[2] + row * number_bytes + line)
             row, position = _split(keys[i], shift)
             w = _pointer(addresses[0] + row * word_bytes, word)
             m = _pointer(addresses[1] + row * number_bytes, number)
             u = _pointer(addresses[2] + row * number_bytes, number)
-            g = _pointer(addresses[3] + position * word_bytes, word)
             end = _end_of_row(keys, shift, i)
             if end == i + 1:
-                _update(
-                    w,
-                    m,
-                    u,
-                    g,
-                    row_length,
-                    step_size,
-                    decay,
-                    scale,
-                    one_minus_beta_1,
-                    beta_2,
-                    epsilon,
-                    clipvalue,
-                )
+                g = _pointer(addresses[3] + position * word_bytes, word)
+                _update(w, m, u, g, row_length, scalars)
             else:
                 _sum_row(total, keys, shift, i, end, addresses[3], row_length, word)
-                _update(
-                    w,
-                    m,
-                    u,
-                    total,
-                    row_length,
-                    step_size,
-                    decay,
-                    scale,
-                    one_minus_beta_1,
-                    beta_2,
-                    epsilon,
-                    clipvalue,
-                )
+                _update(w, m, u, total, row_length, scalars)
             i = end
 
 
@@ -523,7 +467,7 @@ def dense_step(
         addresses,
         lengths,
         factors,
-        *_scalars(coefficients),
+        _as_array(coefficients),
     )
 
 
@@ -586,7 +530,7 @@ def rows_step(
         addresses,
         row_length,
         factors,
-        *_scalars(coefficients),
+        _as_array(coefficients),
         _rows_piece(row_length),
     )
 
@@ -615,12 +559,14 @@ def _types_of(storage: Storage) -> tuple[Any, Any]:
     return _WORD_OF[storage], state_dtype(storage).type(0)
 
 
-def _scalars(coefficients: Coefficients) -> tuple[float, float, float, float]:
-    return (
-        coefficients.one_minus_beta_1,
-        coefficients.beta_2,
-        coefficients.epsilon,
-        coefficients.clipvalue,
+def _as_array(coefficients: Coefficients) -> Float64Array:
+    return np.array(
+        [
+            coefficients.one_minus_beta_1,
+            coefficients.beta_2,
+            coefficients.epsilon,
+            coefficients.clipvalue,
+        ]
     )
 
 

@@ -100,14 +100,16 @@ def _stepped(
     step_size = number(factors[Factor.STEP_SIZE])
     decay = number(factors[Factor.DECAY])
     scale = number(factors[Factor.SCALE])
+    coupled_decay = number(factors[Factor.COUPLED_DECAY])
     clipvalue = number(coefficients.clipvalue)
+    w = _widened(storage, w)
     with np.errstate(all="ignore"):
         g = np.clip(scale * g, -clipvalue, clipvalue)
+        if coupled_decay:
+            g = g + coupled_decay * w
         m = m + number(coefficients.one_minus_beta_1) * (g - m)
         u = np.maximum(number(coefficients.beta_2) * u, np.abs(g))
-        w = decay * _widened(storage, w) - step_size * (
-            m / (u + number(coefficients.epsilon))
-        )
+        w = decay * w - step_size * (m / (u + number(coefficients.epsilon)))
     return _narrowed(storage, w), m, u
 
 
