@@ -24,6 +24,10 @@ that is written. Nothing is allocated in proportion to a parameter.
 ``rows_square_sum(storage, groups, address, row_length, threads)``
     The sum of squares of the summed gradient, as a float.
 
+``advance(storage, addresses)``
+    Add 1 to each of ``n`` step counters of float32 or float64 at int64 addresses ``(n,)``
+    and return the new values, as float64 ``(n,)``.
+
 ``w`` and ``g`` are of the given :class:`Storage`, ``m`` and ``u`` and all arithmetic of
 :func:`state_dtype` of it.
 """
@@ -141,6 +145,8 @@ class Kernels(Protocol):
         row_length: int,
         threads: int,
     ) -> float: ...
+
+    def advance(self, storage: Storage, addresses: Int64Array) -> Float64Array: ...
 
 
 @functools.cache

@@ -197,10 +197,9 @@ def _call(kernel: Any, *arguments: Any) -> Any:
 def _call_in_parallel(kernel: Any, elements: int, threads: int, *arguments: Any) -> None:
     """Call ``kernel(*arguments, counter)`` in as many threads as the work is worth."""
     counter = np.zeros(1, np.int64)
-    address = counter.ctypes.data
 
-    def task(counter: Int64Array = counter) -> None:  # holds the counter's memory
-        _call(kernel, *arguments, address)
+    def task() -> None:
+        _call(kernel, *arguments, counter)
 
     _threads.run(task, min(threads, 1 + elements // _ELEMENTS_WORTH_A_THREAD))
 
@@ -250,7 +249,7 @@ def _update(w, m, u, g, length, scalars):
 def _dense_step(word, number, addresses, lengths, factors, coefficients, counter):
     total = lengths.sum()
     while True:
-        start = _take(counter, _DENSE_PIECE)
+        start = _take(counter.ctypes.data, _DENSE_PIECE)
         if start >= total:
             return
         stop = min(start + _DENSE_PIECE, total)
@@ -281,7 +280,7 @@ def _rows_step(
     summed = np.empty(row_length, np.float64)  # room for either type of number
     total = _pointer(summed.ctypes.data, number)
     while True:
-        start = _take(counter, piece)
+        start = _take(counter.ctypes.data, piece)
         if start >= count:
             return
         stop = min(start + piece, count)
@@ -407,7 +406,7 @@ def _sort_keys(keys, scratch, shift, bits):
 @_kernel(fastmath={"reassoc"})
 def _dense_square_sums(word, addresses, lengths, first_blocks, sums, counter):
     while True:
-        block = _take(counter, 1)
+        block = _take(counter.ctypes.data, 1)
         if block >= sums.shape[0]:
             return
         i = np.searchsorted(first_blocks, block, side="right") - 1
@@ -426,7 +425,7 @@ def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums
     summed = np.empty(row_length, np.float64)  # room for either type of number
     total = _pointer(summed.ctypes.data, number)
     while True:
-        block = _take(counter, 1)
+        block = _take(counter.ctypes.data, 1)
         if block >= sums.shape[0]:
             return
         stop = min((block + 1) * piece, keys.shape[0])
@@ -440,6 +439,15 @@ def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums
                 square_sum += element * element
             i = end
         sums[block] = square_sum
+
+
+@_kernel()
+def _advance(word, addresses, values):
+    for i in range(addresses.shape[0]):
+        counter = _pointer(addresses[i], word)
+        value = _load(counter, 0) + _as_number(1.0, word)
+        _store(counter, 0, value)
+        values[i] = value
 
 
 # --- The verbs -------------------------------------------------------------------------
@@ -553,6 +561,12 @@ def rows_square_sum(
         sums,
     )
     return float(sums.sum())
+
+
+def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
+    values = np.empty(addresses.size)
+    _call(_advance, _WORD_OF[storage], addresses, values)
+    return values
 
 
 def _types_of(storage: Storage) -> tuple[Any, Any]:

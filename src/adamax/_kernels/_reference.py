@@ -87,6 +87,13 @@ def rows_square_sum(
     return _square_sum(_summed(storage, groups, address, row_length))
 
 
+def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
+    counters = [_view(address, 1, storage.value) for address in addresses]
+    for counter in counters:
+        counter += 1
+    return np.array([counter[0] for counter in counters], np.float64)
+
+
 def _stepped(
     storage: Storage,
     w: Array,

@@ -1,0 +1,596 @@
+"""Adamax for PyTorch: dense and sparse gradients in one optimizer, fused on the CPU."""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    ParamsT,
+    _get_scalar_dtype,
+    _use_grad_for_differentiable,
+)
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+
+from ._rule import Hyperparameters
+from ._torch_paths import (
+    Batch,
+    Options,
+    Work,
+    all_serve_fused,
+    prepare_for_loop,
+    prepare_foreach,
+    prepare_fused,
+    sparse_rows,
+    square_sum,
+    state_dtype,
+)
+
+__all__ = ["Adamax", "clip_grad_norm_", "clip_grad_value_"]
+
+_NAMES = {
+    "learning_rate": "lr",
+    "beta_1": "betas[0]",
+    "beta_2": "betas[1]",
+    "epsilon": "eps",
+}
+_STATE = ("step", "exp_avg", "exp_inf")
+
+
+class Adamax(Optimizer):
+    r"""Adamax (Adam with the infinity norm), a drop-in for :class:`torch.optim.Adamax`.
+
+    For the gradient :math:`g` of a parameter :math:`\theta` at step
+    :math:`t = 1, 2, \dots`:
+
+    .. math::
+        g &\leftarrow g + \lambda \theta \quad \text{(unless decoupled)} \\
+        m &\leftarrow m + (1 - \beta_1) (g - m) \\
+        u &\leftarrow \max(\beta_2 u, |g|) \\
+        \theta &\leftarrow (1 - \gamma \lambda) \theta \quad \text{(if decoupled)} \\
+        \theta &\leftarrow \theta
+            - \frac{\gamma}{1 - \beta_1^t} \cdot \frac{m}{u + \epsilon}
+
+    What differs from :class:`torch.optim.Adamax`: gradients may be sparse COO tensors;
+    tensors on the CPU are updated in one pass over memory; the state of 16-bit parameters
+    is float32, without which :math:`u` could not decay; and :math:`\epsilon` is added in
+    the denominator rather than to :math:`|g|`, which matters only for gradients as small
+    as :math:`\epsilon`. Checkpoints go both ways.
+
+    A sparse gradient touches the rows whose index is present: those of the parameter and of
+    its state are read and written, at a cost that does not depend on the size of the table.
+    Indices that repeat are summed first. The step count is the parameter's, not the row's.
+
+    Args:
+        params: parameters or named parameters, or dicts that define parameter groups.
+        lr: learning rate, in [0, inf); a float or a tensor of one element.
+        betas: the decay of :math:`m` and of :math:`u` per step, both in [0, 1).
+        eps: added to :math:`u` in the denominator, at least the smallest normal float32.
+        weight_decay: L2 penalty, or decoupled decay if ``decoupled_weight_decay``. With a
+            sparse gradient it reaches the touched rows.
+        foreach: True takes torch's operations on lists of tensors, False those on one
+            tensor at a time.
+        maximize: ascend rather than descend.
+        differentiable: let autograd record the step.
+        capturable: keep the step count on the device, for CUDA graphs. Not for the CPU.
+        fused: True takes the compiled CPU kernels or raises, False never takes them.
+        decoupled_weight_decay: multiply parameters by ``1 - lr * weight_decay`` instead of
+            adding an L2 penalty to the gradient.
+        sparse: what a sparse gradient means for the rows it does not touch; ``"lazy"``
+            leaves them as they are.
+
+    If neither ``foreach`` nor ``fused`` is given, each parameter takes the fastest path
+    that serves it: the compiled kernels on the CPU, torch's operations on lists elsewhere.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, NaN included, or a sparse parameter.
+        RuntimeError: arguments that exclude each other.
+
+    >>> import torch
+    >>> from adamax.torch import Adamax
+    >>> embedding = torch.nn.Embedding(1000, 8, sparse=True)
+    >>> linear = torch.nn.Linear(8, 1)
+    >>> optimizer = Adamax([*embedding.parameters(), *linear.parameters()], lr=0.01)
+    >>> loss = linear(embedding(torch.tensor([7, 7, 4]))).square().sum()
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> optimizer.state[embedding.weight]["exp_inf"].any(dim=1).nonzero().flatten()
+    tensor([4, 7])
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7.1;
+    arguments and state as :class:`torch.optim.Adamax` and :class:`torch.optim.Adam`.
+    """
+
+    # GradScaler leaves the scale and the verdict on infinities to step(), as for torch's
+    # fused optimizers, so that gradients are not unscaled in a pass of their own.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        sparse: str = "lazy",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "sparse": sparse,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, see :class:`torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: an option out of its range, or a sparse parameter.
+        """
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if any(param.layout is not torch.strided for param in params):
+            del self.param_groups[-1]
+            raise ValueError("parameters must be strided tensors, got a sparse one")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # What checkpoints of torch.optim.Adamax lack.
+            group.setdefault("foreach", None)
+            group.setdefault("maximize", False)
+            group.setdefault("differentiable", False)
+            group.setdefault("capturable", False)
+            group.setdefault("fused", None)
+            group.setdefault("decoupled_weight_decay", False)
+            group.setdefault("sparse", "lazy")
+            for param in group["params"]:
+                param_state = self.state.get(param)
+                if param_state and not isinstance(param_state["step"], Tensor):
+                    count = float(param_state["step"])
+                    param_state["step"] = _new_step(param, group["capturable"]) + count
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_infs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        # torch.compile runs this method, of this name, instead of tracing it.
+        for param in group["params"]:
+            if param.grad is not None:
+                params.append(param)
+                grads.append(param.grad)
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = _new_step(param, group["capturable"])
+                for name in ("exp_avg", "exp_inf"):
+                    state[name] = torch.zeros_like(
+                        param,
+                        dtype=state_dtype(param.dtype),
+                        memory_format=torch.preserve_format,
+                    )
+            steps.append(state["step"])
+            exp_avgs.append(state["exp_avg"])
+            exp_infs.append(state["exp_inf"])
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients in ``.grad``; parameters without one stay.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            IndexError: an index of a sparse gradient is out of range.
+            ValueError: a learning rate or other option out of range, or a gradient of a
+                layout other than strided and COO.
+            RuntimeError: ``fused`` or ``capturable`` where a parameter does not allow it.
+
+            No parameter and no state has changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            self._compiled_step()
+        else:
+            self._eager_step()
+        return loss
+
+    def _eager_step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        grad_scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        work: list[Work] = []
+        for group in self.param_groups:
+            batch = Batch([], [], [], [], [])
+            self._init_group(group, *batch.lists())
+            if batch.params:
+                work += _prepare(batch, group, scale)
+        for part in work:
+            part()
+
+    def _compiled_step(self) -> None:
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_infs: list[Tensor] = []
+            steps: list[Tensor] = []
+            self._init_group(group, params, grads, exp_avgs, exp_infs, steps)
+            if params:
+                lr = group["lr"]
+                torch.ops.adamax.step_(
+                    params,
+                    grads,
+                    exp_avgs,
+                    exp_infs,
+                    steps,
+                    lr if isinstance(lr, Tensor) else None,
+                    math.nan if isinstance(lr, Tensor) else lr,
+                    *group["betas"],
+                    group["eps"],
+                    group["weight_decay"],
+                    group["decoupled_weight_decay"],
+                    group["maximize"],
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of :class:`torch.optim.Adamax`.
+
+        The state of 16-bit parameters is cast to float32, not to their dtype.
+
+        Raises:
+            ValueError: groups, state or shapes that do not fit. Nothing has changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            # Runs last of the hooks before loading, so sees what will be loaded.
+            loaded.update(state_dict)
+            for param, state in _pairs_of(self, state_dict):
+                _check_state(param, state)
+
+        def restore(_: Optimizer) -> None:
+            for param, given in _pairs_of(self, loaded):
+                state = self.state[param]
+                for name in ("exp_avg", "exp_inf"):
+                    state[name] = _like(param, given[name])
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    _hyperparameters(options)
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("fused and foreach cannot both be True")
+    if options["differentiable"] and (options["fused"] or options["foreach"]):
+        raise RuntimeError("differentiable excludes fused and foreach")
+
+
+def _hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must have one element, got the shape {tuple(lr.shape)}")
+        lr = float(lr)
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    return _validated(
+        lr, *betas, options["eps"], options["weight_decay"], options["sparse"]
+    )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _validated(
+    lr: float, beta_1: float, beta_2: float, eps: float, weight_decay: float, sparse: str
+) -> Hyperparameters:
+    return Hyperparameters(
+        learning_rate=lr,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        epsilon=eps,
+        weight_decay=weight_decay,
+        sparse=sparse,
+        names=_NAMES,
+    )
+
+
+def _prepare(batch: Batch, group: Mapping[str, Any], scale: float) -> list[Work]:
+    """All that can fail in the step of a group; returns what remains to be done."""
+    options = Options(
+        hyperparameters=_hyperparameters(group),
+        lr=group["lr"],
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+    )
+    batch = _local(batch)
+    fused, foreach = group["fused"], group["foreach"]
+    if options.differentiable or fused is False or (foreach is False and not fused):
+        return prepare_for_loop(batch, options, scale)
+    if foreach:
+        return prepare_foreach(batch, options, scale)
+    if all_serve_fused(batch.params):
+        if options.capturable:
+            raise RuntimeError("capturable=True needs parameters on an accelerator")
+        return prepare_fused(batch, options, scale)
+    fits = [all_serve_fused([param]) for param in batch.params]
+    if fused:
+        unfit = batch.params[fits.index(False)]
+        raise RuntimeError(
+            f"fused=True needs float or complex parameters on the CPU, got "
+            f"{type(unfit).__name__} of {unfit.dtype} on {unfit.device}"
+        )
+    work: list[Work] = []
+    devices = _get_foreach_kernels_supported_devices()
+    for part, serves in zip(batch.split(fits), dict.fromkeys(fits), strict=True):
+        if serves:
+            work += prepare_fused(part, options, scale)
+        elif all(param.device.type in devices for param in part.params):
+            work += prepare_foreach(part, options, scale)
+        else:
+            work += prepare_for_loop(part, options, scale)
+    return work
+
+
+def _local(batch: Batch) -> Batch:
+    """This process' part of DTensors, which the rule can be applied to by itself."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or distributed.DTensor not in set(map(type, batch.params)):
+        return batch
+    placements = [getattr(param, "placements", None) for param in batch.params]
+
+    def part(tensor: Any, placements: Any) -> Tensor:
+        if isinstance(tensor, distributed.DTensor):
+            if tensor.placements != placements:
+                tensor = tensor.redistribute(placements=placements)
+            tensor = tensor.to_local()
+        local: Tensor = tensor
+        return local
+
+    columns = [
+        [part(tensor, place) for tensor, place in zip(column, placements, strict=True)]
+        for column in batch.lists()[:4]
+    ]
+    params, grads, exp_avgs, exp_infs = columns
+    return Batch(params, grads, exp_avgs, exp_infs, batch.steps)
+
+
+def _new_step(param: Tensor, capturable: bool) -> Tensor:
+    device = param.device if capturable else torch.device("cpu")
+    dtype = _get_scalar_dtype()  # type: ignore[no-untyped-call]
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _pairs_of(
+    optimizer: Optimizer, state_dict: Mapping[str, Any]
+) -> Iterable[tuple[Tensor, Mapping[str, Any]]]:
+    """The parameters and what a checkpoint has for them, as torch pairs them."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    state = state_dict["state"]
+    return [(p, state[i]) for i, p in zip(saved, params, strict=False) if i in state]
+
+
+def _check_state(param: Tensor, state: Mapping[str, Any]) -> None:
+    missing = [name for name in _STATE if name not in state]
+    if missing:
+        raise ValueError(
+            f"the state of a parameter must have {', '.join(_STATE)}, "
+            f"got {', '.join(map(str, state)) or 'nothing'}"
+        )
+    for name in ("exp_avg", "exp_inf"):
+        if state[name].shape != param.shape:
+            raise ValueError(
+                f"{name} of a parameter of shape {tuple(param.shape)} must have its shape, "
+                f"got {tuple(state[name].shape)}"
+            )
+
+
+def _like(param: Tensor, given: Tensor) -> Tensor:
+    """``given`` as state: on the device and in the memory order of ``param``."""
+    state = torch.empty_like(
+        param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format
+    )
+    return state.copy_(given)
+
+
+# --- torch.compile ---------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "adamax::step_", mutates_args=("params", "exp_avgs", "exp_infs", "steps")
+)
+def _step_operator(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_infs: list[Tensor],
+    steps: list[Tensor],
+    lr_tensor: Tensor | None,
+    lr: float,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step of a group, opaque to the compiler; ``lr`` unless there is a tensor."""
+    group = {
+        "lr": lr if lr_tensor is None else lr_tensor,
+        "betas": (beta_1, beta_2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "maximize": maximize,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "foreach": None,
+        "sparse": "lazy",
+    }
+    for work in _prepare(Batch(params, grads, exp_avgs, exp_infs, steps), group, 1.0):
+        work()
+
+
+@_step_operator.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+# --- Clipping --------------------------------------------------------------------------
+
+_ParametersT: TypeAlias = Tensor | Iterable[Tensor]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: _ParametersT,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale gradients, sparse ones too, so that their joint norm is at most ``max_norm``.
+
+    As :func:`torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients. Values of a
+    sparse gradient whose index repeats are summed before the norm is taken.
+
+    Args:
+        parameters: one tensor or several; their ``.grad`` is scaled in place.
+        max_norm: what the norm may be at most.
+        norm_type: the p of the p-norm, ``inf`` for the largest element.
+        error_if_nonfinite: raise if the norm is NaN or infinite.
+        foreach: as in torch, for the dense gradients.
+
+    Returns:
+        The norm before clipping, of all gradients as one vector.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+
+    >>> import torch
+    >>> table = torch.nn.Embedding(10, 1, sparse=True)
+    >>> (table(torch.tensor([3, 3])) * torch.tensor([[3.0], [1.0]])).sum().backward()
+    >>> clip_grad_norm_(table.parameters(), max_norm=1.0)
+    tensor(4.)
+    >>> table.weight.grad.to_dense()[3]
+    tensor([1.0000])
+    """
+    dense, sparse = _dense_and_sparse(parameters)
+    norms = [_sparse_norm(param, float(norm_type)) for param in sparse]
+    grads = [param.grad for param in dense if param.grad is not None]
+    # The norm of norms is the norm of all.
+    total = torch.nn.utils.get_total_norm(
+        [*grads, *norms], norm_type, error_if_nonfinite, foreach
+    )
+    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, total, foreach)
+    scale = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
+    for param in sparse:
+        values = _values(param)
+        values.mul_(scale.to(values.device))
+    return total
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: _ParametersT, clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamp gradients, sparse ones too, to ``[-clip_value, clip_value]``.
+
+    As :func:`torch.nn.utils.clip_grad_value_`, which refuses sparse gradients. Values of a
+    sparse gradient whose index repeats are summed first, which replaces ``.grad`` by a
+    coalesced tensor.
+
+    Args:
+        parameters: one tensor or several.
+        clip_value: what the absolute value of an element may be at most.
+        foreach: as in torch, for the dense gradients.
+
+    >>> import torch
+    >>> table = torch.nn.Embedding(10, 1, sparse=True)
+    >>> (table(torch.tensor([3, 3])) * torch.tensor([[3.0], [-2.0]])).sum().backward()
+    >>> clip_grad_value_(table.parameters(), 0.5)
+    >>> table.weight.grad.to_dense()[3]
+    tensor([0.5000])
+    """
+    dense, sparse = _dense_and_sparse(parameters)
+    if dense:
+        torch.nn.utils.clip_grad_value_(dense, clip_value, foreach)
+    for param in sparse:
+        assert param.grad is not None
+        param.grad = param.grad.coalesce()
+        _values(param).clamp_(-float(clip_value), float(clip_value))
+
+
+def _dense_and_sparse(parameters: _ParametersT) -> tuple[list[Tensor], list[Tensor]]:
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    with_grad = [param for param in parameters if param.grad is not None]
+    sparse = [p for p in with_grad if p.grad is not None and p.grad.is_sparse]
+    dense = [p for p in with_grad if p.grad is not None and not p.grad.is_sparse]
+    return dense, sparse
+
+
+def _values(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    values: Tensor = param.grad._values()
+    return values
+
+
+def _sparse_norm(param: Tensor, norm_type: float) -> Tensor:
+    """The norm of the summed gradient, as a tensor of its dtype."""
+    grad = param.grad
+    assert grad is not None
+    if norm_type != 2.0 or not all_serve_fused([param]):
+        norm: Tensor = torch.linalg.vector_norm(grad.coalesce()._values(), norm_type)
+        return norm
+    rows = sparse_rows(param, grad)
+    return torch.tensor(math.sqrt(square_sum(param, rows)), dtype=param.dtype.to_real())
