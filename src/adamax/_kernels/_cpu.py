@@ -84,12 +84,7 @@ def _load(typing_context, pointer, index):
 
     def codegen(context, builder, signature, arguments):
         bits = builder.load(builder.gep(arguments[0], [arguments[1]]))
-        if word == _FLOAT16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-        if word == _BFLOAT16:
-            wide = builder.zext(bits, ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
-        return bits
+        return _widen[word](builder, bits) if word in _widen else bits
 
     return signature, codegen
 
@@ -101,24 +96,85 @@ def _store(typing_context, pointer, index, number):
     signature = types.void(pointer, index, number)
 
     def codegen(context, builder, signature, arguments):
-        target = builder.gep(arguments[0], [arguments[1]])
-        number = arguments[2]
-        if word == _FLOAT16:
-            number = builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
-        elif word == _BFLOAT16:
-            bits = builder.bitcast(number, ir.IntType(32))
-            high = builder.lshr(bits, bits.type(16))
-            half_or_less = builder.add(builder.and_(high, high.type(1)), high.type(0x7FFF))
-            rounded = builder.lshr(builder.add(bits, half_or_less), high.type(16))
-            quiet_nan = builder.or_(high, high.type(0x40))
-            is_nan = builder.fcmp_unordered("uno", number, number)
-            number = builder.trunc(
-                builder.select(is_nan, quiet_nan, rounded), ir.IntType(16)
-            )
-        builder.store(number, target)
+        target, number = builder.gep(arguments[0], [arguments[1]]), arguments[2]
+        builder.store(_narrow[word](builder, number) if word in _narrow else number, target)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+# 16-bit words are converted in integer arithmetic: without hardware support LLVM would call
+# functions that are not there, and abort.
+
+_BITS = ir.IntType(32)
+_HALF_EXPONENT = 0x7C00  # of infinity and NaN
+_REBIAS = (127 - 15) << 23  # from the exponents of float16 to those of float32
+
+
+def _float(builder, bits):
+    return builder.bitcast(bits, ir.FloatType())
+
+
+def _widen_bfloat16(builder, word):
+    return _float(builder, builder.shl(builder.zext(word, _BITS), _BITS(16)))
+
+
+def _narrow_bfloat16(builder, number):
+    bits = builder.bitcast(number, _BITS)
+    high = builder.lshr(bits, _BITS(16))
+    rounded = builder.lshr(_round_half_to_even(builder, bits, 16), _BITS(16))
+    quiet_nan = builder.or_(high, _BITS(0x40))
+    is_nan = builder.fcmp_unordered("uno", number, number)
+    return builder.trunc(builder.select(is_nan, quiet_nan, rounded), ir.IntType(16))
+
+
+def _widen_float16(builder, word):
+    bits = builder.zext(word, _BITS)
+    sign = builder.shl(builder.and_(bits, _BITS(0x8000)), _BITS(16))
+    size = builder.and_(bits, _BITS(0x7FFF))
+    shifted = builder.shl(size, _BITS(13))
+    normal = builder.add(shifted, _BITS(_REBIAS))
+    special = builder.or_(shifted, _BITS(0x7F800000))
+    subnormal = builder.bitcast(
+        builder.fmul(builder.uitofp(size, ir.FloatType()), ir.FloatType()(2.0**-24)), _BITS
+    )
+    is_special = builder.icmp_unsigned(">=", size, _BITS(_HALF_EXPONENT))
+    is_subnormal = builder.icmp_unsigned("<", size, _BITS(0x0400))
+    finite = builder.select(is_subnormal, subnormal, normal)
+    return _float(builder, builder.or_(builder.select(is_special, special, finite), sign))
+
+
+def _narrow_float16(builder, number):
+    bits = builder.bitcast(number, _BITS)
+    sign = builder.and_(builder.lshr(bits, _BITS(16)), _BITS(0x8000))
+    size = builder.and_(bits, _BITS(0x7FFFFFFF))
+    rounded = _round_half_to_even(builder, size, 13)
+    normal = builder.lshr(builder.sub(rounded, _BITS(_REBIAS)), _BITS(13))
+    # Adding 0.5 leaves as many bits as the result has, correctly rounded.
+    half = ir.FloatType()(0.5)
+    subnormal = builder.sub(
+        builder.bitcast(builder.fadd(_float(builder, size), half), _BITS), _BITS(0x3F000000)
+    )
+    payload = builder.and_(builder.lshr(size, _BITS(13)), _BITS(0x01FF))
+    quiet_nan = builder.or_(payload, _BITS(0x7E00))
+    result = builder.select(
+        builder.icmp_unsigned("<", size, _BITS(0x38800000)), subnormal, normal
+    )
+    overflows = builder.icmp_unsigned(">=", size, _BITS(0x477FF000))
+    result = builder.select(overflows, _BITS(_HALF_EXPONENT), result)
+    is_nan = builder.icmp_unsigned(">", size, _BITS(0x7F800000))
+    result = builder.select(is_nan, quiet_nan, result)
+    return builder.trunc(builder.or_(result, sign), ir.IntType(16))
+
+
+def _round_half_to_even(builder, bits, dropped):
+    """``bits``, rounded so that the lowest ``dropped`` bits can be shifted out."""
+    odd = builder.and_(builder.lshr(bits, _BITS(dropped)), _BITS(1))
+    return builder.add(bits, builder.add(odd, _BITS((1 << (dropped - 1)) - 1)))
+
+
+_widen = {_FLOAT16: _widen_float16, _BFLOAT16: _widen_bfloat16}
+_narrow = {_FLOAT16: _narrow_float16, _BFLOAT16: _narrow_bfloat16}
 
 
 @intrinsic
