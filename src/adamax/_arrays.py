@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._kernels import Float64Array, Int64Array, Storage, kernels, state_dtype
+from ._kernels._memory import overlaps
 from ._rule import Coefficients, Hyperparameters, clip_factor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -36,6 +37,7 @@ class Variable:
     m: Array
     u: Array
     addresses: tuple[int, int, int]  # of the parameter, m and u
+    sizes: tuple[int, int, int]  # in bytes
 
     def __init__(self, parameter: Array, name: str) -> None:
         if not isinstance(parameter, np.ndarray):
@@ -81,6 +83,7 @@ class Variable:
         """Take ``m`` and ``u`` as the state."""
         self.m, self.u = m, u
         self.addresses = (_address(self.parameter), _address(m), _address(u))
+        self.sizes = (self.parameter.nbytes, m.nbytes, u.nbytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied_variable, (self.parameter, self.name, self.m, self.u)
@@ -125,6 +128,11 @@ class Update:
         """Of ``w``, ``m``, ``u`` and the gradient."""
         in_place = self.variable.addresses[len(self.work) :]
         return *map(_address, self.work), *in_place, self.address
+
+    def sizes(self) -> tuple[int, ...]:
+        """Of the memory at :meth:`addresses`, in bytes."""
+        in_place = self.variable.sizes[len(self.work) :]
+        return *(array.nbytes for array in self.work), *in_place, self.gradient.nbytes
 
 
 class DenseUpdate(Update):
@@ -218,39 +226,21 @@ def update_of(gradient: Any, variable: Variable) -> Update:
     return DenseUpdate(gradient, variable)
 
 
-class Memory:
-    """The memory that steps write: that of all parameters and of their state."""
-
-    def __init__(self, variables: Sequence[Variable]) -> None:
-        self._variables = variables
-        written = [array for v in variables for array in (v.parameter, v.m, v.u)]
-        self._starts, self._ends = _merged(map(_span, written))
-
-    def check_disjoint(self, fresh: Sequence[Variable]) -> None:
-        """Raise if a new parameter shares memory with another, old or new."""
-        spans = [(*_span(v.parameter), v) for v in (*self._variables, *fresh)]
-        spans.sort(key=lambda span: span[0])
-        open_spans: list[tuple[int, int, Variable]] = []
-        for start, end, variable in spans:
-            open_spans = [span for span in open_spans if span[1] > start]
-            for _, _, other in open_spans:
-                if _share_memory(variable.parameter, other.parameter):
-                    new, old = (variable, other) if variable in fresh else (other, variable)
-                    raise ValueError(
-                        f"parameter {new.name!r} shares memory with {old.name!r}; "
-                        f"pass the same array in every step, not a new view of it"
-                    )
-            open_spans.append((start, end, variable))
-
-    def protect(self, updates: Sequence[Update]) -> None:
-        """Copy the gradients that lie in this memory, so that no write changes them."""
-        starts = np.array([update.address for update in updates], np.int64)
-        ends = starts + [update.gradient.nbytes for update in updates]
-        place = np.searchsorted(self._ends, starts, side="right")
-        inside = place < self._starts.size
-        inside[inside] = self._starts[place[inside]] < ends[inside]
-        for index in np.flatnonzero(inside).tolist():
-            updates[index].take(updates[index].gradient.copy(order="K"))
+def check_disjoint(known: Iterable[Variable], fresh: Sequence[Variable]) -> None:
+    """Raise if a new parameter shares memory with another, old or new."""
+    spans = [(*_span(v.parameter), v) for v in (*known, *fresh)]
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, Variable]] = []
+    for start, end, variable in spans:
+        open_spans = [span for span in open_spans if span[1] > start]
+        for _, _, other in open_spans:
+            if _share_memory(variable.parameter, other.parameter):
+                new, old = (variable, other) if variable in fresh else (other, variable)
+                raise ValueError(
+                    f"parameter {new.name!r} shares memory with {old.name!r}; "
+                    f"pass the same array in every step, not a new view of it"
+                )
+        open_spans.append((start, end, variable))
 
 
 def clip_factors(
@@ -276,6 +266,7 @@ def launch(
     for update in updates:
         update.prepare()
     addresses = np.array([update.addresses() for update in updates], np.int64)
+    _protect_gradients(updates, addresses)
     for storage, chosen in _dense_by_storage(updates):
         lengths = np.array([updates[i].gradient.size for i in chosen], np.int64)
         kernels().dense_step(
@@ -294,6 +285,18 @@ def launch(
             )
     for update in updates:
         update.finish()
+
+
+def _protect_gradients(updates: Sequence[Update], addresses: Int64Array) -> None:
+    """Copy the gradients that lie in memory the step writes, such as a view of it."""
+    sizes = np.array([update.sizes() for update in updates], np.int64)
+    _, inside = overlaps(
+        addresses[:, :3].ravel(), sizes[:, :3].ravel(), addresses[:, 3], sizes[:, 3]
+    )
+    for index in np.flatnonzero(inside).tolist():
+        update = updates[index]
+        update.take(update.gradient.copy(order="K"))
+        addresses[index, 3] = update.address
 
 
 def _square_sums(updates: Sequence[Update], threads: int) -> Float64Array:
@@ -363,18 +366,6 @@ def _address(array: Array) -> int:
 
 def _span(array: Array) -> tuple[int, int]:
     return np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
-
-
-def _merged(spans: Iterable[tuple[int, int]]) -> tuple[Int64Array, Int64Array]:
-    """The union of address ranges, as ascending starts and ends."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        elif start < end:
-            merged.append((start, end))
-    starts, ends = np.array(merged, np.int64).reshape(-1, 2).T
-    return np.ascontiguousarray(starts), np.ascontiguousarray(ends)
 
 
 def _share_memory(a: Array, b: Array) -> bool:

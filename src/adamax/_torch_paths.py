@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from . import _rule
 from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels
 from ._kernels import state_dtype as kernel_state_dtype
-from ._kernels._memory import overlap
+from ._kernels._memory import overlaps
 from ._rule import Coefficients, Hyperparameters
 
 Work: TypeAlias = Callable[[], None]
@@ -163,7 +163,13 @@ class _DenseLaunch:
         if count > 1:
             word, number = storage.itemsize, kernel_state_dtype(storage).itemsize
             sizes = self.lengths[:, None] * np.array([word, number, number, word])
-            if overlap(self.addresses.ravel(), sizes.ravel()):
+            together, inside = overlaps(
+                self.addresses[:, :3].ravel(),
+                sizes[:, :3].ravel(),
+                self.addresses[:, 3],
+                sizes[:, 3],
+            )
+            if together or inside.any():
                 return [slice(i, i + 1) for i in range(count)]
         return [slice(count)]
 

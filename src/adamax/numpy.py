@@ -12,9 +12,9 @@ import numpy.typing as npt
 from . import _rule
 from ._arrays import (
     Array,
-    Memory,
     SparseGradient,
     Variable,
+    check_disjoint,
     clip_factors,
     launch,
     update_of,
@@ -156,7 +156,6 @@ class Adamax:
         self._iterations = 0
         self._state_dir = None if state_dir is None else Path(state_dir)
         self._variables: dict[int, Variable] = {}  # by id of the array, in order
-        self._memory = Memory([])
 
     # --- Stepping ----------------------------------------------------------------------
 
@@ -202,7 +201,6 @@ class Adamax:
             for (gradient, _), variable in zip(pairs, variables, strict=True)
         ]
         self._adopt(variables)
-        self._memory.protect(updates)
 
         factors = np.zeros((len(updates), len(Factor)))
         factors[:, Factor.STEP_SIZE] = _rule.step_size(
@@ -302,7 +300,7 @@ class Adamax:
             seen.add(key)
             variables.append(variable)
         if fresh:
-            self._memory.check_disjoint(fresh)
+            check_disjoint(self._variables.values(), fresh)
             taken = {variable.name for variable in self._variables.values()}
             for variable in fresh:
                 if variable.name in taken:
@@ -328,7 +326,6 @@ class Adamax:
         for variable, (m, u) in zip(fresh, state, strict=True):
             variable.hold(m, u)
         self._variables.update((id(v.parameter), v) for v in fresh)
-        self._memory = Memory(list(self._variables.values()))
 
     # --- Configuration -----------------------------------------------------------------
 
@@ -525,7 +522,6 @@ class Adamax:
         # Variables are found by the identity of their array, which a copy changes.
         state = self.__dict__.copy()
         state["_variables"] = list(self._variables.values())
-        del state["_memory"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -534,7 +530,6 @@ class Adamax:
         for variable in variables:
             variable.refresh()
         self._variables = {id(v.parameter): v for v in variables}
-        self._memory = Memory(variables)
 
 
 def _pairs(grads_and_vars: Iterable[Any]) -> Iterable[tuple[Gradient, Array]]:
