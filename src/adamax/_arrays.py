@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._kernels import Float64Array, Int64Array, Storage, kernels, state_dtype
-from ._kernels._memory import overlaps
+from ._kernels._memory import Ranges
 from ._rule import Coefficients, Hyperparameters, clip_factor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -290,9 +290,8 @@ def launch(
 def _protect_gradients(updates: Sequence[Update], addresses: Int64Array) -> None:
     """Copy the gradients that lie in memory the step writes, such as a view of it."""
     sizes = np.array([update.sizes() for update in updates], np.int64)
-    _, inside = overlaps(
-        addresses[:, :3].ravel(), sizes[:, :3].ravel(), addresses[:, 3], sizes[:, 3]
-    )
+    written = Ranges(addresses[:, :3].ravel(), sizes[:, :3].ravel())
+    inside = written.overlap(addresses[:, 3], sizes[:, 3])
     for index in np.flatnonzero(inside).tolist():
         update = updates[index]
         update.take(update.gradient.copy(order="K"))

@@ -5,6 +5,8 @@ raises has changed nothing.
 """
 
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +19,7 @@ from torch.autograd.graph import increment_version
 
 from . import _rule
 from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels
-from ._kernels import state_dtype as kernel_state_dtype
-from ._kernels._memory import overlaps
+from ._kernels._memory import Ranges
 from ._rule import Coefficients, Hyperparameters
 
 Work: TypeAlias = Callable[[], None]
@@ -39,13 +40,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def all_serve_fused(params: Sequence[Tensor]) -> bool:
-    """Whether the CPU kernels can update all of these parameters."""
-    return (
-        set(map(type, params)) <= _PLAIN_TENSORS
+def fused_dtypes(params: Sequence[Tensor]) -> set[torch.dtype] | None:
+    """The dtypes of these parameters if the CPU kernels can update all of them."""
+    dtypes = {param.dtype for param in params}
+    serves = (
+        dtypes <= _STORAGE.keys()
+        and set(map(type, params)) <= _PLAIN_TENSORS
         and {param.is_cpu for param in params} == {True}
-        and {param.dtype for param in params} <= _STORAGE.keys()
     )
+    return dtypes if serves else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class Options:
     maximize: bool
     capturable: bool
     differentiable: bool
+
+    @property
+    def lr_number(self) -> float:
+        return self.lr.item() if isinstance(self.lr, Tensor) else float(self.lr)
 
     @property
     def decay(self) -> float:
@@ -105,9 +112,9 @@ class Batch:
 
     def by_layout(self) -> "tuple[Batch, Batch]":
         """The parameters with dense gradients, and those with sparse ones."""
-        strided = [grad.layout is torch.strided for grad in self.grads]
-        if all(strided):
+        if {grad.layout for grad in self.grads} == {torch.strided}:
             return self, Batch([], [], [], [], [])
+        strided = [grad.layout is torch.strided for grad in self.grads]
         return (
             self.select([i for i, dense in enumerate(strided) if dense]),
             self.select([i for i, dense in enumerate(strided) if not dense]),
@@ -117,34 +124,112 @@ class Batch:
 # --- Numba kernels, for tensors on the CPU ---------------------------------------------
 
 
-def prepare_fused(batch: Batch, options: Options, scale: float) -> list[Work]:
-    """A step through the CPU kernels; gradients are multiplied by ``scale`` first."""
-    work: list[Work] = []
+class KnownTensors:
+    """Parameters and state that were found fit for the kernels, and where they lie.
+
+    A tensor that is where it was, for a parameter as large as it was, is not examined
+    again: with hundreds of small parameters that would take most of a step.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
+        self.table = _Table([], [])
+
+    def update(self, batch: Batch, dtype: torch.dtype) -> bool:
+        """Take those of this batch; False if the kernels cannot work on them."""
+        sizes = [param.numel() for param in batch.params]
+        tensors = [*batch.params, *batch.exp_avgs, *batch.exp_infs]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if (
+            sizes == self._sizes
+            and addresses == self._addresses
+            and all(map(operator.is_, tensors, self._tensors))
+        ):
+            return True
+        if not (
+            _all_flat(batch.params, dtype, sizes)
+            and _all_flat(batch.exp_avgs, state_dtype(dtype), sizes)
+            and _all_flat(batch.exp_infs, state_dtype(dtype), sizes)
+        ):
+            return False
+        self._sizes, self._tensors, self._addresses = sizes, tensors, addresses
+        self.table = _Table(tensors, addresses)
+        return True
+
+
+class _Table:
+    """The addresses and lengths that a launch takes, but for the gradients'."""
+
+    def __init__(self, tensors: list[Tensor], addresses: list[int]) -> None:
+        """``tensors`` are all parameters, then all first moments, then all norms."""
+        count = len(tensors) // 3
+        self._addresses = np.empty((count, 4), np.int64)
+        self._addresses[:, :3] = np.array(addresses, np.int64).reshape(3, count).T
+        sizes = np.array([tensor.nbytes for tensor in tensors], np.int64)
+        self._written = Ranges(np.array(addresses, np.int64), sizes)
+        self._grad_sizes = sizes[:count]
+        self.lengths = np.array([tensor.numel() for tensor in tensors[:count]], np.int64)
+        if any(tensor.is_complex() for tensor in tensors[:1]):
+            self.lengths *= 2
+
+    def with_grads(self, grads: list[Tensor]) -> tuple[Int64Array, bool]:
+        """All addresses, and whether parameters can be updated in any order."""
+        addresses = self._addresses.copy()
+        addresses[:, 3] = [grad.data_ptr() for grad in grads]
+        lie_apart = len(grads) == 1 or (
+            self._written.lie_apart
+            and not self._written.overlap(addresses[:, 3], self._grad_sizes).any()
+        )
+        return addresses, lie_apart
+
+
+Known: TypeAlias = defaultdict[torch.dtype, KnownTensors]
+
+
+def prepare_fused(
+    batch: Batch, options: Options, scale: float, dtypes: set[torch.dtype], known: Known
+) -> list[Work]:
+    """A step through the CPU kernels; gradients are multiplied by ``scale`` first.
+
+    ``dtypes`` are those of the parameters.
+    """
     dense, sparse = batch.by_layout()
-    work += [_rows_launch(part, options, scale) for part in sparse.singles()]
-    for part in dense.split([param.dtype for param in dense.params]):
-        work.append(_dense_launch(part, options, scale))
+    work: list[Work] = [_rows_launch(part, options, scale) for part in sparse.singles()]
+    parts = [dense] if len(dtypes) == 1 else dense.split([p.dtype for p in dense.params])
+    for part in parts:
+        if part.params:
+            work.append(_dense_launch(part, options, scale, known[part.params[0].dtype]))
     return work
 
 
 @dataclass(frozen=True, slots=True)
 class _DenseLaunch:
-    """All dense parameters of one dtype. Holds the memory that it has the addresses of."""
+    """All dense parameters of one dtype.
+
+    Holds ``memory``, the tensors that it has the addresses of.
+    """
 
     batch: Batch
     options: Options
     scale: float
-    tensors: list[list[Tensor]]
+    memory: list[list[Tensor]]
     copies: list[tuple[Tensor, Tensor]]
     addresses: Int64Array
     lengths: Int64Array
+    lie_apart: bool
 
     def __call__(self) -> None:
         storage = _STORAGE[self.batch.params[0].dtype]
         factors = _factors(self.batch.steps, self.options, self.scale)
         coefficients = Coefficients.of(self.options.hyperparameters)
         threads = torch.get_num_threads()
-        for part in self._launches(storage):
+        # Parameters that share memory are updated one after the other, as in torch.
+        count = len(self.batch)
+        at_once = count if self.lie_apart else 1
+        for start in range(0, count, at_once):
+            part = slice(start, start + at_once)
             kernels().dense_step(
                 storage,
                 self.addresses[part],
@@ -157,59 +242,47 @@ class _DenseLaunch:
             target.copy_(source)
         increment_version(self.batch.params)
 
-    def _launches(self, storage: Storage) -> list[slice]:
-        """Parts to run one after the other: parameters that share memory, as in torch."""
-        count = len(self.batch)
-        if count > 1:
-            word, number = storage.itemsize, kernel_state_dtype(storage).itemsize
-            sizes = self.lengths[:, None] * np.array([word, number, number, word])
-            together, inside = overlaps(
-                self.addresses[:, :3].ravel(),
-                sizes[:, :3].ravel(),
-                self.addresses[:, 3],
-                sizes[:, 3],
-            )
-            if together or inside.any():
-                return [slice(i, i + 1) for i in range(count)]
-        return [slice(count)]
 
-
-def _dense_launch(batch: Batch, options: Options, scale: float) -> _DenseLaunch:
+def _dense_launch(
+    batch: Batch, options: Options, scale: float, known: KnownTensors
+) -> _DenseLaunch:
     dtype = batch.params[0].dtype
-    tensors, copies = _as_kernels_need_them(batch, dtype)
-    addresses = [[tensor.data_ptr() for tensor in column] for column in tensors]
-    lengths = np.array([param.numel() for param in batch.params], np.int64)
+    memory = [batch.params, batch.exp_avgs, batch.exp_infs, batch.grads]
+    copies: list[tuple[Tensor, Tensor]] = []
+    sizes = [param.numel() for param in batch.params]
+    if _all_flat(batch.grads, dtype, sizes) and known.update(batch, dtype):
+        table = known.table
+    else:
+        memory, copies = _flattened(memory, [dtype, *[state_dtype(dtype)] * 2, dtype])
+        tensors = [tensor for column in memory[:3] for tensor in column]
+        table = _Table(tensors, [tensor.data_ptr() for tensor in tensors])
+    addresses, lie_apart = table.with_grads(memory[3])
     return _DenseLaunch(
-        batch,
-        options,
-        scale,
-        tensors,
-        copies,
-        np.ascontiguousarray(np.array(addresses, np.int64).T),
-        lengths * 2 if dtype.is_complex else lengths,
+        batch, options, scale, memory, copies, addresses, table.lengths, lie_apart
     )
 
 
-def _as_kernels_need_them(
-    batch: Batch, dtype: torch.dtype
-) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Parameters, gradients and state flat in memory; and what to copy back where.
+def _all_flat(tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> bool:
+    """Whether the elements of each tensor lie in memory as its indices count them."""
+    return (
+        {tensor.is_contiguous() for tensor in tensors} == {True}
+        and {tensor.is_cpu for tensor in tensors} == {True}
+        and {tensor.dtype for tensor in tensors} == {dtype}
+        and [tensor.numel() for tensor in tensors] == sizes
+        and not (dtype.is_complex and any(tensor.is_conj() for tensor in tensors))
+        # Imaginary parts of conjugates, which have holes unless they are one number.
+        and not any(t.is_neg() for t, n in zip(tensors, sizes, strict=True) if n == 1)
+    )
 
-    The columns are in the order of the kernels: w, m, u, g. Nothing is copied where a
-    parameter has no holes in memory, whatever the order of its dimensions, and the others
-    have the same order.
+
+def _flattened(
+    columns: list[list[Tensor]], dtypes: list[torch.dtype]
+) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Parameters, state and gradients as the kernels need them; what to copy back where.
+
+    Nothing is copied where a parameter has no holes in memory, whatever the order of its
+    dimensions, and its gradient and state have the same order.
     """
-    columns = [batch.params, batch.exp_avgs, batch.exp_infs, batch.grads]
-    dtypes = [dtype, state_dtype(dtype), state_dtype(dtype), dtype]
-    sizes = [param.numel() for param in batch.params]
-    if all(
-        {tensor.dtype for tensor in column} == {wanted}
-        and {tensor.is_contiguous() for tensor in column} == {True}
-        and {tensor.is_cpu for tensor in column} == {True}
-        and [tensor.numel() for tensor in column] == sizes
-        for column, wanted in zip(columns, dtypes, strict=True)
-    ) and not any(grad.is_conj() for grad in batch.grads if dtype.is_complex):
-        return columns, []
     flat: list[list[Tensor]] = [[], [], [], []]
     copies: list[tuple[Tensor, Tensor]] = []
     for tensors in zip(*columns, strict=True):
@@ -217,23 +290,25 @@ def _as_kernels_need_them(
         like = torch.empty_like(
             tensors[0], device="meta", memory_format=torch.preserve_format
         )
-        for tensor, wanted, column in zip(tensors, dtypes, flat, strict=True):
+        for tensor, dtype, column in zip(tensors, dtypes, flat, strict=True):
             if tensor.shape != like.shape:
                 raise ValueError(
                     f"the state of a parameter of shape {tuple(like.shape)} must have its "
                     f"shape, got {tuple(tensor.shape)}"
                 )
-            if not (
+            fits = (
                 tensor.stride() == like.stride()
-                and tensor.dtype is wanted
+                and tensor.dtype is dtype
                 and tensor.is_cpu
-                and not tensor.is_conj()
-            ):
-                copy = torch.empty_like(like, dtype=wanted, device="cpu").copy_(tensor)
-                if column is not flat[-1]:  # gradients are not written
-                    copies.append((tensor, copy))
-                tensor = copy
-            column.append(tensor)
+                and not (tensor.is_conj() or tensor.is_neg())
+            )
+            if fits:
+                column.append(tensor)
+                continue
+            copy = torch.empty_like(like, dtype=dtype, device="cpu").copy_(tensor)
+            column.append(copy)
+            if column is not flat[-1]:  # gradients are not written
+                copies.append((tensor, copy))
     return flat, copies
 
 
@@ -280,9 +355,9 @@ def _rows_launch(batch: Batch, options: Options, scale: float) -> Work:
 
 def _factors(steps: list[Tensor], options: Options, scale: float) -> Float64Array:
     """Advance the step counters, and the factors of a launch that follow from them."""
-    lr = float(options.lr)
-    kinds = {(step.dtype, step.is_cpu) for step in steps}
-    if kinds <= {(torch.float32, True)} or kinds <= {(torch.float64, True)}:
+    lr = options.lr_number
+    dtypes = {step.dtype for step in steps}
+    if dtypes in ({torch.float32}, {torch.float64}) and {s.is_cpu for s in steps} == {True}:
         addresses = np.array([step.data_ptr() for step in steps], np.int64)
         t = kernels().advance(_STORAGE[steps[0].dtype], addresses).tolist()
     else:
@@ -329,7 +404,7 @@ def sparse_rows(param: Tensor, grad: Tensor) -> SparseRows:
         table_rows = indices[0]
     return SparseRows(
         table_rows,
-        values.to(param.dtype).resolve_conj().contiguous(),
+        values.to(param.dtype).resolve_conj().resolve_neg().contiguous(),
         math.prod(sizes),
         math.prod(row_shape),
     )
@@ -394,6 +469,7 @@ _FOREACH, _FOR_LOOP = _Foreach(), _ForLoop()
 
 def prepare_foreach(batch: Batch, options: Options, scale: float) -> list[Work]:
     """A step through torch's operations on lists of tensors."""
+    _check_dtypes(batch.params)
     dense, sparse = batch.by_layout()
     work: list[Work] = [_SparseStep.prepare(b, options, scale) for b in sparse.singles()]
     for part in dense.split([(param.device, param.dtype) for param in dense.params]):
@@ -403,10 +479,18 @@ def prepare_foreach(batch: Batch, options: Options, scale: float) -> list[Work]:
 
 def prepare_for_loop(batch: Batch, options: Options, scale: float) -> list[Work]:
     """A step through torch's operations on one tensor at a time."""
+    _check_dtypes(batch.params)
     dense, sparse = batch.by_layout()
     work: list[Work] = [_SparseStep.prepare(b, options, scale) for b in sparse.singles()]
-    work.append(partial(_step, dense, options, scale, _FOR_LOOP))
+    # One after the other, which matters for parameters that share memory.
+    work += [partial(_step, b, options, scale, _FOR_LOOP) for b in dense.singles()]
     return work
+
+
+def _check_dtypes(params: Sequence[Tensor]) -> None:
+    for param in params:
+        if param.dtype not in _STORAGE:
+            raise TypeError(f"parameters must be float or complex, got {param.dtype}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,6 +570,6 @@ def _step_sizes(steps: list[Tensor], options: Options) -> tuple[list[Any], Any]:
         logarithm = math.log(beta_1) if beta_1 else -math.inf
         on_device = [lr / -torch.expm1(step * logarithm) for step in steps]
         return on_device, 1.0 - lr * options.decay
-    lr = float(lr)
+    lr = options.lr_number
     sizes = [_rule.step_size(lr, beta_1, int(step)) for step in steps]
     return sizes, _rule.decay_factor(lr, options.decay)

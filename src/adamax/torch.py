@@ -3,8 +3,10 @@
 import functools
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -20,9 +22,11 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from ._rule import Hyperparameters
 from ._torch_paths import (
     Batch,
+    Known,
+    KnownTensors,
     Options,
     Work,
-    all_serve_fused,
+    fused_dtypes,
     prepare_for_loop,
     prepare_foreach,
     prepare_fused,
@@ -142,23 +146,27 @@ class Adamax(Optimizer):
         }
         _check_options(defaults)
         super().__init__(params, defaults)
+        self._forget_tensors()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, see :class:`torch.optim.Optimizer`.
 
         Raises:
-            ValueError: an option out of its range, or a sparse parameter.
+            ValueError: an option out of its range, or a parameter no step could write to.
         """
         if isinstance(param_group, dict):
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
-        if any(param.layout is not torch.strided for param in params):
+        try:
+            for param in self.param_groups[-1]["params"]:
+                _check_parameter(param)
+        except ValueError:
             del self.param_groups[-1]
-            raise ValueError("parameters must be strided tensors, got a sparse one")
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget_tensors()
         for group in self.param_groups:
             # What checkpoints of torch.optim.Adamax lack.
             group.setdefault("foreach", None)
@@ -173,6 +181,12 @@ class Adamax(Optimizer):
                 if param_state and not isinstance(param_state["step"], Tensor):
                     count = float(param_state["step"])
                     param_state["step"] = _new_step(param, group["capturable"]) + count
+
+    def _forget_tensors(self) -> None:
+        """Examine all tensors in the next step."""
+        self._known: defaultdict[int, Known] = defaultdict(
+            lambda: defaultdict(KnownTensors)
+        )
 
     def _init_group(
         self,
@@ -238,11 +252,17 @@ class Adamax(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         work: list[Work] = []
-        for group in self.param_groups:
-            batch = Batch([], [], [], [], [])
-            self._init_group(group, *batch.lists())
-            if batch.params:
-                work += _prepare(batch, group, scale)
+        had_state = len(self.state)
+        try:
+            for position, group in enumerate(self.param_groups):
+                batch = Batch([], [], [], [], [])
+                self._init_group(group, *batch.lists())
+                if batch.params:
+                    work += _prepare(batch, group, scale, self._known[position])
+        except BaseException:
+            for param in list(self.state)[had_state:]:
+                del self.state[param]
+            raise
         for part in work:
             part()
 
@@ -284,6 +304,8 @@ class Adamax(Optimizer):
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
             # Runs last of the hooks before loading, so sees what will be loaded.
             loaded.update(state_dict)
+            for group in state_dict["param_groups"]:
+                _check_group(group)
             for param, state in _pairs_of(self, state_dict):
                 _check_state(param, state)
 
@@ -317,12 +339,18 @@ def _hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got the shape {tuple(lr.shape)}")
-        lr = float(lr)
+        lr = lr.item()
+    elif callable(lr):
+        raise TypeError(f"lr must be a real number, got {lr!r}")
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    return _validated(
-        lr, *betas, options["eps"], options["weight_decay"], options["sparse"]
-    )
+    # The cache must not see a tensor: it would not notice that its value changes.
+    beta_1, beta_2 = (b.item() if isinstance(b, Tensor) else b for b in betas)
+    eps, weight_decay, sparse = (options[k] for k in ("eps", "weight_decay", "sparse"))
+    try:
+        return _validated(lr, beta_1, beta_2, eps, weight_decay, sparse)
+    except TypeError:  # perhaps only because something cannot be hashed
+        return _validated.__wrapped__(lr, beta_1, beta_2, eps, weight_decay, sparse)
 
 
 @functools.lru_cache(maxsize=256, typed=True)
@@ -340,7 +368,9 @@ def _validated(
     )
 
 
-def _prepare(batch: Batch, group: Mapping[str, Any], scale: float) -> list[Work]:
+def _prepare(
+    batch: Batch, group: Mapping[str, Any], scale: float, known: Known
+) -> list[Work]:
     """All that can fail in the step of a group; returns what remains to be done."""
     options = Options(
         hyperparameters=_hyperparameters(group),
@@ -356,11 +386,11 @@ def _prepare(batch: Batch, group: Mapping[str, Any], scale: float) -> list[Work]
         return prepare_for_loop(batch, options, scale)
     if foreach:
         return prepare_foreach(batch, options, scale)
-    if all_serve_fused(batch.params):
+    if dtypes := fused_dtypes(batch.params):
         if options.capturable:
             raise RuntimeError("capturable=True needs parameters on an accelerator")
-        return prepare_fused(batch, options, scale)
-    fits = [all_serve_fused([param]) for param in batch.params]
+        return prepare_fused(batch, options, scale, dtypes, known)
+    fits = [fused_dtypes([param]) is not None for param in batch.params]
     if fused:
         unfit = batch.params[fits.index(False)]
         raise RuntimeError(
@@ -371,7 +401,8 @@ def _prepare(batch: Batch, group: Mapping[str, Any], scale: float) -> list[Work]
     devices = _get_foreach_kernels_supported_devices()
     for part, serves in zip(batch.split(fits), dict.fromkeys(fits), strict=True):
         if serves:
-            work += prepare_fused(part, options, scale)
+            part_dtypes = fused_dtypes(part.params) or set()
+            work += prepare_fused(part, options, scale, part_dtypes, known)
         elif all(param.device.type in devices for param in part.params):
             work += prepare_foreach(part, options, scale)
         else:
@@ -418,6 +449,25 @@ def _pairs_of(
     return [(p, state[i]) for i, p in zip(saved, params, strict=False) if i in state]
 
 
+def _check_parameter(param: Tensor) -> None:
+    if torch.nn.parameter.is_lazy(param):
+        return
+    if param.layout is not torch.strided:
+        raise ValueError("parameters must be strided tensors, got a sparse one")
+    if param.is_conj() or param.is_neg():
+        raise ValueError("parameters must not be conjugate views, got one; clone it")
+    if any(param.stride(i) == 0 and n > 1 for i, n in enumerate(param.shape)):
+        raise ValueError("parameters must not be expanded tensors, got one; clone it")
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    needed = ("lr", "betas", "eps", "weight_decay")
+    if any(name not in group for name in needed):
+        raise ValueError(
+            f"a parameter group must have {', '.join(needed)}, got {', '.join(group)}"
+        )
+
+
 def _check_state(param: Tensor, state: Mapping[str, Any]) -> None:
     missing = [name for name in _STATE if name not in state]
     if missing:
@@ -426,11 +476,17 @@ def _check_state(param: Tensor, state: Mapping[str, Any]) -> None:
             f"got {', '.join(map(str, state)) or 'nothing'}"
         )
     for name in ("exp_avg", "exp_inf"):
-        if state[name].shape != param.shape:
+        value = state[name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {value!r}")
+        if value.shape != param.shape or value.is_complex() != param.is_complex():
             raise ValueError(
-                f"{name} of a parameter of shape {tuple(param.shape)} must have its shape, "
-                f"got {tuple(state[name].shape)}"
+                f"{name} must be like its parameter, of {param.dtype} and shape "
+                f"{tuple(param.shape)}, got {value.dtype} and {tuple(value.shape)}"
             )
+    step = state["step"]
+    if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
+        raise ValueError(f"step must be a number, got {step!r}")
 
 
 def _like(param: Tensor, given: Tensor) -> Tensor:
@@ -476,7 +532,8 @@ def _step_operator(
         "foreach": None,
         "sparse": "lazy",
     }
-    for work in _prepare(Batch(params, grads, exp_avgs, exp_infs, steps), group, 1.0):
+    batch = Batch(params, grads, exp_avgs, exp_infs, steps)
+    for work in _prepare(batch, group, 1.0, defaultdict(KnownTensors)):
         work()
 
 
@@ -589,7 +646,7 @@ def _sparse_norm(param: Tensor, norm_type: float) -> Tensor:
     """The norm of the summed gradient, as a tensor of its dtype."""
     grad = param.grad
     assert grad is not None
-    if norm_type != 2.0 or not all_serve_fused([param]):
+    if norm_type != 2.0 or fused_dtypes([param]) is None:
         norm: Tensor = torch.linalg.vector_norm(grad.coalesce()._values(), norm_type)
         return norm
     rows = sparse_rows(param, grad)

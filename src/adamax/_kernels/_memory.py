@@ -6,19 +6,19 @@ import numpy.typing as npt
 from . import Int64Array
 
 
-def overlaps(
-    written: Int64Array, written_bytes: Int64Array, read: Int64Array, read_bytes: Int64Array
-) -> tuple[bool, npt.NDArray[np.bool_]]:
-    """Whether any two written ranges overlap, and which read ones overlap a written one.
+class Ranges:
+    """Ranges of memory, given by their addresses and their sizes in bytes."""
 
-    Ranges are given by their addresses and sizes. What is said of the read ones holds if
-    the written ones lie apart.
-    """
-    order = np.argsort(written)
-    starts = written[order]
-    ends = starts + written_bytes[order]
-    # The first written range that ends behind the start of a read one.
-    place = np.searchsorted(ends, read, side="right")
-    inside = place < len(starts)
-    inside[inside] = starts[place[inside]] < (read + read_bytes)[inside]
-    return bool((ends[:-1] > starts[1:]).any()), inside
+    def __init__(self, addresses: Int64Array, sizes: Int64Array) -> None:
+        order = np.argsort(addresses)
+        self._starts = addresses[order]
+        self._ends = self._starts + sizes[order]
+        self.lie_apart = not (self._ends[:-1] > self._starts[1:]).any()
+
+    def overlap(self, addresses: Int64Array, sizes: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of other ranges overlap one of these, if these lie apart."""
+        # The first of these that ends behind the start of the other.
+        place = np.searchsorted(self._ends, addresses, side="right")
+        inside = place < len(self._ends)
+        inside[inside] = self._starts[place[inside]] < (addresses + sizes)[inside]
+        return inside
