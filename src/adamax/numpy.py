@@ -288,6 +288,10 @@ class Adamax:
         fresh: list[Variable] = []
         for position, parameter in enumerate(parameters):
             key = id(parameter)
+            if key in seen:
+                name = variables[[id(v.parameter) for v in variables].index(key)].name
+                raise ValueError(f"parameter {name!r} occurs more than once")
+            seen.add(key)
             variable = self._variables.get(key)
             if variable is None:
                 number = str(len(self._variables) + len(fresh))
@@ -295,9 +299,6 @@ class Adamax:
                 fresh.append(variable)
             else:
                 variable.check_unchanged()
-            if key in seen:
-                raise ValueError(f"parameter {variable.name!r} occurs more than once")
-            seen.add(key)
             variables.append(variable)
         if fresh:
             check_disjoint(self._variables.values(), fresh)
