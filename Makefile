@@ -18,7 +18,7 @@ demo: $(call installed,examples)
 test: $(call installed,$(TEST_GROUPS))
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-lint: $(call installed,lint $(TEST_GROUPS))
+lint: $(call installed,lint test examples frameworks)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files --show-diff-on-failure
 
 bench: $(call installed,frameworks examples)
