@@ -6,7 +6,6 @@ raises has changed nothing.
 
 import math
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -127,69 +126,48 @@ class Batch:
 class KnownTensors:
     """Parameters and state that were found fit for the kernels, and where they lie.
 
-    A tensor that is where it was, for a parameter as large as it was, is not examined
-    again: with hundreds of small parameters that would take most of a step.
+    The same tensors where they were are not examined again: with hundreds of small
+    parameters that would take most of a step. Gradients are new in each step.
     """
 
     def __init__(self) -> None:
-        self._sizes: list[int] = []
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
-        self.table = _Table([], [])
+        self._dtype = torch.float32
+        self._sizes: list[int] = []
+        self._table = _Table([], [], [])
 
-    def update(self, batch: Batch, dtype: torch.dtype) -> bool:
-        """Take those of this batch; False if the kernels cannot work on them."""
-        sizes = [param.numel() for param in batch.params]
-        tensors = [*batch.params, *batch.exp_avgs, *batch.exp_infs]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+    def remember(self, batch: Batch, table: "_Table") -> None:
+        self._tensors = _written(batch)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._dtype = batch.params[0].dtype
+        self._sizes = [param.numel() for param in batch.params]
+        self._table = table
+
+    def launch(self, batch: Batch, options: Options, scale: float) -> "_DenseLaunch | None":
+        """A launch if all tensors are known and the gradients are fit too."""
+        tensors = _written(batch)
         if (
-            sizes == self._sizes
-            and addresses == self._addresses
+            len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
+            and [tensor.data_ptr() for tensor in tensors] == self._addresses
+            and {grad.layout for grad in batch.grads} == {torch.strided}
+            and _all_flat(batch.grads, self._dtype, self._sizes)
         ):
-            return True
-        if not (
-            _all_flat(batch.params, dtype, sizes)
-            and _all_flat(batch.exp_avgs, state_dtype(dtype), sizes)
-            and _all_flat(batch.exp_infs, state_dtype(dtype), sizes)
-        ):
-            return False
-        self._sizes, self._tensors, self._addresses = sizes, tensors, addresses
-        self.table = _Table(tensors, addresses)
-        return True
+            return _DenseLaunch(batch, options, scale, self._table, batch.grads, [])
+        return None
 
 
-class _Table:
-    """The addresses and lengths that a launch takes, but for the gradients'."""
-
-    def __init__(self, tensors: list[Tensor], addresses: list[int]) -> None:
-        """``tensors`` are all parameters, then all first moments, then all norms."""
-        count = len(tensors) // 3
-        self._addresses = np.empty((count, 4), np.int64)
-        self._addresses[:, :3] = np.array(addresses, np.int64).reshape(3, count).T
-        sizes = np.array([tensor.nbytes for tensor in tensors], np.int64)
-        self._written = Ranges(np.array(addresses, np.int64), sizes)
-        self._grad_sizes = sizes[:count]
-        self.lengths = np.array([tensor.numel() for tensor in tensors[:count]], np.int64)
-        if any(tensor.is_complex() for tensor in tensors[:1]):
-            self.lengths *= 2
-
-    def with_grads(self, grads: list[Tensor]) -> tuple[Int64Array, bool]:
-        """All addresses, and whether parameters can be updated in any order."""
-        addresses = self._addresses.copy()
-        addresses[:, 3] = [grad.data_ptr() for grad in grads]
-        lie_apart = len(grads) == 1 or (
-            self._written.lie_apart
-            and not self._written.overlap(addresses[:, 3], self._grad_sizes).any()
-        )
-        return addresses, lie_apart
-
-
-Known: TypeAlias = defaultdict[torch.dtype, KnownTensors]
+def _written(batch: Batch) -> list[Tensor]:
+    return [*batch.params, *batch.exp_avgs, *batch.exp_infs, *batch.steps]
 
 
 def prepare_fused(
-    batch: Batch, options: Options, scale: float, dtypes: set[torch.dtype], known: Known
+    batch: Batch,
+    options: Options,
+    scale: float,
+    dtypes: set[torch.dtype],
+    known: KnownTensors,
 ) -> list[Work]:
     """A step through the CPU kernels; gradients are multiplied by ``scale`` first.
 
@@ -197,43 +175,94 @@ def prepare_fused(
     """
     dense, sparse = batch.by_layout()
     work: list[Work] = [_rows_launch(part, options, scale) for part in sparse.singles()]
-    parts = [dense] if len(dtypes) == 1 else dense.split([p.dtype for p in dense.params])
-    for part in parts:
-        if part.params:
-            work.append(_dense_launch(part, options, scale, known[part.params[0].dtype]))
+    if dense.params:
+        parts = dense.split([param.dtype for param in dense.params])
+        known = known if dense is batch and len(dtypes) == 1 else KnownTensors()
+        work += [_dense_launch(part, options, scale, known) for part in parts]
     return work
+
+
+class _Counters:
+    """The step counters of some parameters."""
+
+    def __init__(self, steps: list[Tensor]) -> None:
+        self._steps = steps
+        dtypes = {step.dtype for step in steps}
+        self._addresses: Int64Array | None = None
+        if dtypes in ({torch.float32}, {torch.float64}) and all(s.is_cpu for s in steps):
+            self._storage = _STORAGE[dtypes.pop()]
+            self._addresses = np.array([step.data_ptr() for step in steps], np.int64)
+
+    def advance(self) -> list[float]:
+        """Add 1 to each, and return them."""
+        if self._addresses is not None:
+            counts: list[float] = kernels().advance(self._storage, self._addresses).tolist()
+            return counts
+        for step in self._steps:
+            step += 1
+        return [float(step) for step in self._steps]
+
+
+class _Table:
+    """Where the kernels find dense parameters, their state and their step counters."""
+
+    def __init__(
+        self, params: list[Tensor], state: list[Tensor], steps: list[Tensor]
+    ) -> None:
+        """``state`` is all first moments, then all norms."""
+        tensors = [*params, *state]
+        written = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+        sizes = np.array([tensor.nbytes for tensor in tensors], np.int64)
+        count = len(params)
+        self._addresses = np.empty((count, 4), np.int64)
+        self._addresses[:, :3] = written.reshape(3, count).T
+        self._written = Ranges(written, sizes)
+        self._grad_sizes = sizes[:count]
+        self.lengths = np.array([param.numel() for param in params], np.int64)
+        if any(param.is_complex() for param in params):
+            self.lengths *= 2
+        self.counters = _Counters(steps)
+
+    def addresses(self, grads: list[Tensor]) -> Int64Array:
+        """Of w, m, u and g."""
+        addresses = self._addresses.copy()
+        addresses[:, 3] = [grad.data_ptr() for grad in grads]
+        return addresses
+
+    def lie_apart(self, addresses: Int64Array) -> bool:
+        """Whether the parameters at these addresses can be updated in any order."""
+        return len(addresses) == 1 or (
+            self._written.lie_apart
+            and not self._written.overlap(addresses[:, 3], self._grad_sizes).any()
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _DenseLaunch:
-    """All dense parameters of one dtype.
-
-    Holds ``memory``, the tensors that it has the addresses of.
-    """
+    """All dense parameters of one dtype. Holds all memory that it has the addresses of."""
 
     batch: Batch
     options: Options
     scale: float
-    memory: list[list[Tensor]]
-    copies: list[tuple[Tensor, Tensor]]
-    addresses: Int64Array
-    lengths: Int64Array
-    lie_apart: bool
+    table: _Table
+    grads: list[Tensor]
+    copies: list[tuple[Tensor, Tensor]]  # which to copy back where
 
     def __call__(self) -> None:
         storage = _STORAGE[self.batch.params[0].dtype]
-        factors = _factors(self.batch.steps, self.options, self.scale)
+        factors = _factors(self.table.counters, self.options, self.scale)
         coefficients = Coefficients.of(self.options.hyperparameters)
         threads = torch.get_num_threads()
+        addresses = self.table.addresses(self.grads)
         # Parameters that share memory are updated one after the other, as in torch.
-        count = len(self.batch)
-        at_once = count if self.lie_apart else 1
+        count = len(addresses)
+        at_once = count if self.table.lie_apart(addresses) else 1
         for start in range(0, count, at_once):
             part = slice(start, start + at_once)
             kernels().dense_step(
                 storage,
-                self.addresses[part],
-                self.lengths[part],
+                addresses[part],
+                self.table.lengths[part],
                 factors[part],
                 coefficients,
                 threads,
@@ -247,19 +276,25 @@ def _dense_launch(
     batch: Batch, options: Options, scale: float, known: KnownTensors
 ) -> _DenseLaunch:
     dtype = batch.params[0].dtype
-    memory = [batch.params, batch.exp_avgs, batch.exp_infs, batch.grads]
-    copies: list[tuple[Tensor, Tensor]] = []
+    number = state_dtype(dtype)
     sizes = [param.numel() for param in batch.params]
-    if _all_flat(batch.grads, dtype, sizes) and known.update(batch, dtype):
-        table = known.table
+    params, grads = batch.params, batch.grads
+    state = [*batch.exp_avgs, *batch.exp_infs]
+    copies: list[tuple[Tensor, Tensor]] = []
+    if (
+        _all_flat(params, dtype, sizes)
+        and _all_flat(state, number, [*sizes, *sizes])
+        and _all_flat(grads, dtype, sizes)
+    ):
+        table = _Table(params, state, batch.steps)
+        known.remember(batch, table)
     else:
-        memory, copies = _flattened(memory, [dtype, *[state_dtype(dtype)] * 2, dtype])
-        tensors = [tensor for column in memory[:3] for tensor in column]
-        table = _Table(tensors, [tensor.data_ptr() for tensor in tensors])
-    addresses, lie_apart = table.with_grads(memory[3])
-    return _DenseLaunch(
-        batch, options, scale, memory, copies, addresses, table.lengths, lie_apart
-    )
+        columns = [batch.params, batch.exp_avgs, batch.exp_infs, batch.grads]
+        (params, *moments, grads), copies = _flattened(
+            columns, [dtype, number, number, dtype]
+        )
+        table = _Table(params, [*moments[0], *moments[1]], batch.steps)
+    return _DenseLaunch(batch, options, scale, table, grads, copies)
 
 
 def _all_flat(tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> bool:
@@ -330,7 +365,7 @@ class _RowsLaunch:
             self.groups,
             np.array([tensor.data_ptr() for tensor in tensors], np.int64),
             _numbers_in_row(param, self.rows),
-            _factors(steps, self.options, self.scale)[0],
+            _factors(_Counters(steps), self.options, self.scale)[0],
             Coefficients.of(self.options.hyperparameters),
             torch.get_num_threads(),
         )
@@ -353,20 +388,12 @@ def _rows_launch(batch: Batch, options: Options, scale: float) -> Work:
     return _RowsLaunch(batch, options, scale, rows, grouped(rows))
 
 
-def _factors(steps: list[Tensor], options: Options, scale: float) -> Float64Array:
+def _factors(counters: _Counters, options: Options, scale: float) -> Float64Array:
     """Advance the step counters, and the factors of a launch that follow from them."""
-    lr = options.lr_number
-    dtypes = {step.dtype for step in steps}
-    if dtypes in ({torch.float32}, {torch.float64}) and {s.is_cpu for s in steps} == {True}:
-        addresses = np.array([step.data_ptr() for step in steps], np.int64)
-        t = kernels().advance(_STORAGE[steps[0].dtype], addresses).tolist()
-    else:
-        for step in steps:
-            step += 1
-        t = [float(step) for step in steps]
-    factors = np.empty((len(steps), len(Factor)))
-    beta_1 = options.hyperparameters.beta_1
+    t = counters.advance()
+    lr, beta_1 = options.lr_number, options.hyperparameters.beta_1
     sizes = {count: _rule.step_size(lr, beta_1, int(count)) for count in set(t)}
+    factors = np.empty((len(t), len(Factor)))
     factors[:, Factor.STEP_SIZE] = [sizes[count] for count in t]
     factors[:, Factor.DECAY] = _rule.decay_factor(lr, options.decay)
     factors[:, Factor.SCALE] = -scale if options.maximize else scale
@@ -564,12 +591,14 @@ def _as_real(tensors: list[Tensor]) -> list[Tensor]:
 
 def _step_sizes(steps: list[Tensor], options: Options) -> tuple[list[Any], Any]:
     """``lr / (1 - beta_1**t)`` for each parameter, and what decay multiplies it by."""
-    beta_1, lr = options.hyperparameters.beta_1, options.lr
-    if options.capturable or (options.differentiable and isinstance(lr, Tensor)):
-        # Tensors all the way: on the device, and known to autograd.
+    beta_1 = options.hyperparameters.beta_1
+    lr: Any = options.lr
+    if isinstance(lr, Tensor) and (options.capturable or options.differentiable):
+        lr = lr.reshape(())  # not read, so known to autograd and still on the device
+    else:
+        lr = options.lr_number
+    decay = _rule.decay_factor(lr, options.decay)
+    if options.capturable:
         logarithm = math.log(beta_1) if beta_1 else -math.inf
-        on_device = [lr / -torch.expm1(step * logarithm) for step in steps]
-        return on_device, 1.0 - lr * options.decay
-    lr = options.lr_number
-    sizes = [_rule.step_size(lr, beta_1, int(step)) for step in steps]
-    return sizes, _rule.decay_factor(lr, options.decay)
+        return [lr / -torch.expm1(step * logarithm) for step in steps], decay
+    return [_rule.step_size(lr, beta_1, int(step)) for step in steps], decay

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     ParamsT,
@@ -22,7 +23,6 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 from ._rule import Hyperparameters
 from ._torch_paths import (
     Batch,
-    Known,
     KnownTensors,
     Options,
     Work,
@@ -184,9 +184,7 @@ class Adamax(Optimizer):
 
     def _forget_tensors(self) -> None:
         """Examine all tensors in the next step."""
-        self._known: defaultdict[int, Known] = defaultdict(
-            lambda: defaultdict(KnownTensors)
-        )
+        self._known: defaultdict[int, KnownTensors] = defaultdict(KnownTensors)
 
     def _init_group(
         self,
@@ -239,10 +237,12 @@ class Adamax(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            self._compiled_step()
-        else:
+        if not torch.compiler.is_compiling():
             self._eager_step()
+        elif self.defaults["differentiable"] or hasattr(self, "found_inf"):
+            self._step_outside_graphs()
+        else:
+            self._compiled_step()
         return loss
 
     def _eager_step(self) -> None:
@@ -265,6 +265,9 @@ class Adamax(Optimizer):
             raise
         for part in work:
             part()
+
+    # What the operator cannot do: let autograd record the step, and skip it.
+    _step_outside_graphs = _disable_dynamo(_eager_step)
 
     def _compiled_step(self) -> None:
         for group in self.param_groups:
@@ -314,6 +317,7 @@ class Adamax(Optimizer):
                 state = self.state[param]
                 for name in ("exp_avg", "exp_inf"):
                     state[name] = _like(param, given[name])
+                state["step"] = state["step"].clone()  # else it is the checkpoint's
 
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -339,7 +343,8 @@ def _hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got the shape {tuple(lr.shape)}")
-        lr = lr.item()
+        # Not to be read while a graph is captured.
+        lr = 0.0 if options["capturable"] and not lr.is_cpu else lr.item()
     elif callable(lr):
         raise TypeError(f"lr must be a real number, got {lr!r}")
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
@@ -369,7 +374,7 @@ def _validated(
 
 
 def _prepare(
-    batch: Batch, group: Mapping[str, Any], scale: float, known: Known
+    batch: Batch, group: Mapping[str, Any], scale: float, known: KnownTensors
 ) -> list[Work]:
     """All that can fail in the step of a group; returns what remains to be done."""
     options = Options(
@@ -381,11 +386,19 @@ def _prepare(
         differentiable=group["differentiable"],
     )
     batch = _local(batch)
+    recorded = options.differentiable and torch.is_grad_enabled()
+    if recorded and any(p.is_leaf and p.requires_grad for p in batch.params):
+        raise RuntimeError(
+            "differentiable=True needs parameters that are computed from others, got a "
+            "leaf that requires a gradient"
+        )
     fused, foreach = group["fused"], group["foreach"]
     if options.differentiable or fused is False or (foreach is False and not fused):
         return prepare_for_loop(batch, options, scale)
     if foreach:
         return prepare_foreach(batch, options, scale)
+    if not options.capturable and (launch := known.launch(batch, options, scale)):
+        return [launch]
     if dtypes := fused_dtypes(batch.params):
         if options.capturable:
             raise RuntimeError("capturable=True needs parameters on an accelerator")
@@ -456,7 +469,8 @@ def _check_parameter(param: Tensor) -> None:
         raise ValueError("parameters must be strided tensors, got a sparse one")
     if param.is_conj() or param.is_neg():
         raise ValueError("parameters must not be conjugate views, got one; clone it")
-    if any(param.stride(i) == 0 and n > 1 for i, n in enumerate(param.shape)):
+    strides = param.stride() if param.numel() else ()
+    if any(stride == 0 and param.shape[i] > 1 for i, stride in enumerate(strides)):
         raise ValueError("parameters must not be expanded tensors, got one; clone it")
 
 
@@ -526,14 +540,14 @@ def _step_operator(
         "weight_decay": weight_decay,
         "decoupled_weight_decay": decoupled_weight_decay,
         "maximize": maximize,
-        "capturable": False,
+        "capturable": not steps[0].is_cpu,
         "differentiable": False,
         "fused": None,
         "foreach": None,
         "sparse": "lazy",
     }
     batch = Batch(params, grads, exp_avgs, exp_infs, steps)
-    for work in _prepare(batch, group, 1.0, defaultdict(KnownTensors)):
+    for work in _prepare(batch, group, 1.0, KnownTensors()):
         work()
 
 
@@ -589,10 +603,11 @@ def clip_grad_norm_(
         [*grads, *norms], norm_type, error_if_nonfinite, foreach
     )
     torch.nn.utils.clip_grads_with_norm_(dense, max_norm, total, foreach)
-    scale = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
-    for param in sparse:
-        values = _values(param)
-        values.mul_(scale.to(values.device))
+    if sparse:
+        scale = torch.clamp(float(max_norm) / (_whole(total) + 1e-6), max=1.0)
+        for param in sparse:
+            values = _values(param)
+            values.mul_(scale.to(values.device))
     return total
 
 
@@ -636,6 +651,12 @@ def _dense_and_sparse(parameters: _ParametersT) -> tuple[list[Tensor], list[Tens
     return dense, sparse
 
 
+def _whole(tensor: Any) -> Tensor:
+    """All of a DTensor; another tensor as it is."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 def _values(param: Tensor) -> Tensor:
     assert param.grad is not None
     values: Tensor = param.grad._values()
@@ -647,7 +668,10 @@ def _sparse_norm(param: Tensor, norm_type: float) -> Tensor:
     grad = param.grad
     assert grad is not None
     if norm_type != 2.0 or fused_dtypes([param]) is None:
-        norm: Tensor = torch.linalg.vector_norm(grad.coalesce()._values(), norm_type)
+        values = grad.coalesce()._values()
+        if not values.numel():  # has no largest element, for the norm of order inf
+            return values.new_zeros((), dtype=values.dtype.to_real())
+        norm: Tensor = torch.linalg.vector_norm(values, norm_type)
         return norm
     rows = sparse_rows(param, grad)
     return torch.tensor(math.sqrt(square_sum(param, rows)), dtype=param.dtype.to_real())

@@ -1,0 +1,515 @@
+"""Threads, forks, interrupts, exits, and caches that cannot be written."""
+
+import linecache
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adamax import Adamax, IndexedSlices, get_num_threads, set_num_threads
+from adamax._kernels import _threads
+from cases import DTYPES, PRECISION, values
+from compare import assert_same_contents, contents
+
+PACKAGE = Path(sys.modules["adamax"].__file__).parent
+
+# Steps of all kinds, in the words of a program: large enough for several threads. Clipping
+# by norm is not among them: it adds up in an order that is each implementation's own.
+STEPS = """
+import hashlib
+import numpy as np
+from adamax import Adamax, IndexedSlices
+
+def taken(seed, steps=4, dtypes=("float32", "float64", "float16")):
+    rng = np.random.default_rng(seed)
+    dense = [rng.normal(size=(301, 1003)).astype(dtype) for dtype in dtypes]
+    tables = [rng.normal(size=(2000, 70)).astype(dtype) for dtype in dtypes]
+    optimizer = Adamax(0.01, weight_decay=0.1, clipvalue=2.0)
+    for _ in range(steps):
+        pairs = [(rng.normal(size=w.shape).astype(w.dtype), w) for w in dense]
+        for w in tables:
+            indices = rng.integers(2000, size=3000)
+            rows = rng.normal(size=(3000, 70)).astype(w.dtype)
+            pairs.append((IndexedSlices(rows, indices), w))
+        optimizer.apply_gradients(pairs)
+    digest = hashlib.sha256()
+    for array in (*dense, *tables, *optimizer.state_dict().values()):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+"""
+_program: dict = {}
+exec(STEPS, _program)
+taken = _program["taken"]
+
+
+def _in_one_thread(*seeds, **chosen):
+    before = get_num_threads()
+    set_num_threads(1)
+    digests = [taken(seed, **chosen) for seed in seeds]
+    set_num_threads(before)
+    assert len(set(digests)) == len(digests)
+    return digests
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the steps come to with one thread in this process, for two seeds."""
+    return _in_one_thread(0, 1)
+
+
+@pytest.fixture(scope="module")
+def expected_float32():
+    """The same in one dtype, for where code must be compiled anew."""
+    return _in_one_thread(0, 1, dtypes=["float32"])
+
+
+# --- Threads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_two_threads_may_step_two_optimizers(expected, use_threads, threads):
+    use_threads(threads)
+    start = threading.Barrier(2)
+
+    def together(seed):
+        start.wait()
+        return taken(seed)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(together, range(2))) == expected
+
+
+def test_many_threads_may_step_many_small_optimizers():
+    def trajectory(seed):
+        rng = np.random.default_rng(seed)
+        w = values(rng, (7, 3), "float32")
+        optimizer = Adamax(0.1)
+        for _ in range(50):
+            indices = rng.integers(7, size=5)
+            optimizer.apply_gradients([(values(rng, (7, 3), "float32"), w)])
+            optimizer.apply_gradients(
+                [(IndexedSlices(values(rng, (5, 3), "float32"), indices), w)]
+            )
+        return contents(optimizer, [w])
+
+    with ThreadPoolExecutor(8) as pool:
+        for seed, actual in enumerate(pool.map(trajectory, range(16))):
+            assert_same_contents(actual, trajectory(seed))
+
+
+def test_the_first_steps_may_be_in_two_threads(expected_float32, run_python, tmp_path):
+    """The first call compiles; here there is no cache to take the code from."""
+    program = STEPS + (
+        "import threading, sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "start = threading.Barrier(2)\n"
+        "def together(seed):\n"
+        "    start.wait()\n"
+        "    return taken(seed, dtypes=['float32'])\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        "    print(*pool.map(together, range(2)))\n"
+    )
+    cache = str(tmp_path / "cache")
+    assert run_python(program, NUMBA_CACHE_DIR=cache).split() == expected_float32
+    assert list((tmp_path / "cache").rglob("*.nbc"))
+
+
+def test_the_number_of_threads_may_change_between_steps(rng, use_threads):
+    start = values(rng, (700, 601), "float32")
+    gradients = [values(rng, start.shape, "float32") for _ in range(6)]
+    results = []
+    for threads in ([1] * 6, [1, 4, 2, 8, 1, 3]):
+        w, optimizer = start.copy(), Adamax(clipnorm=1.0)
+        for gradient, number in zip(gradients, threads, strict=True):
+            use_threads(number)
+            optimizer.apply_gradients([(gradient, w)])
+        results.append(contents(optimizer, [w]))
+    assert_same_contents(results[1], results[0])
+
+
+COUNT_THREADS = """
+import threading, sys
+import numpy as np
+import adamax
+
+started = adamax.get_num_threads()
+if len(sys.argv) > 1:
+    adamax.set_num_threads(int(sys.argv[1]))
+before = threading.active_count()
+w = np.ones(5_000_000, np.float32)
+adamax.Adamax().apply_gradients([(w, w)])
+print(started, threading.active_count() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [("1", 1), ("3", 3), ("3,2", 3), (" 2 ", 2), ("100000", 256)],
+)
+def test_the_environment_says_how_many_threads(monkeypatch, variable, expected):
+    monkeypatch.setattr(_threads, "_num_threads", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert get_num_threads() == expected
+
+
+@pytest.mark.parametrize("variable", [None, "", "0", "-1", "two", "1.5"])
+def test_without_it_there_is_a_thread_for_each_cpu(monkeypatch, variable):
+    monkeypatch.setattr(_threads, "_num_threads", None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    if hasattr(os, "sched_getaffinity"):
+        assert get_num_threads() == min(len(os.sched_getaffinity(0)), 256)
+    else:
+        assert get_num_threads() == min(os.cpu_count() or 1, 256)
+
+
+@pytest.mark.parametrize(
+    ("environment", "argument", "started", "most"),
+    [("1", (), 1, 0), ("3", (), 3, 2), ("3", (1,), 3, 0), ("1", (3,), 1, 2)],
+)
+def test_a_step_uses_as_many_threads_as_it_may(
+    run_python, environment, argument, started, most
+):
+    printed = run_python(COUNT_THREADS, *argument, OMP_NUM_THREADS=environment)
+    actual_started, helpers = map(int, printed.split())
+    assert actual_started == started
+    # One helper that is quick may do the work of two.
+    assert helpers == most if most == 0 else 1 <= helpers <= most
+
+
+def test_small_steps_start_no_threads(run_python):
+    program = COUNT_THREADS.replace("5_000_000", "10_000")
+    assert run_python(program, OMP_NUM_THREADS="4") == "4 0"
+
+
+# --- Interrupts ---------------------------------------------------------------------------
+
+INTERRUPTED = """
+import signal
+
+def interrupted(count):
+    # Timers of many lengths, so that interrupts arrive everywhere in a step.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    w = np.zeros((500, 1009), np.float32)
+    table = np.zeros((2000, 70))
+    rows = IndexedSlices(np.ones((3000, 70)), np.arange(3000) % 2000)
+    arrived = 0
+    for number in range(1, 100 * count):
+        optimizer = Adamax()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, number % 97 * 1e-4 + 1e-5)
+            while True:
+                optimizer.apply_gradients([(np.ones_like(w), w), (rows, table)])
+        except KeyboardInterrupt:
+            arrived += 1
+        if arrived == count:
+            return
+    raise AssertionError(arrived)
+
+first = taken(0), taken(1)
+interrupted(120)
+print(*first)
+print(taken(0), taken(1))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers of POSIX")
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_interrupts_leave_the_process_healthy(expected, run_python, threads):
+    printed = run_python(STEPS + INTERRUPTED, OMP_NUM_THREADS=threads)
+    assert printed.split() == expected * 2
+
+
+class Watched:
+    """A task that knows whether helpers are at it, and whether any came too late."""
+
+    def __init__(self):
+        self._caller = threading.get_ident()
+        self._helped = threading.Event()
+        self._lock = threading.Lock()
+        self.working = self.late = 0
+        self.returned = False
+
+    def __call__(self):
+        if threading.get_ident() == self._caller:
+            assert self._helped.wait(timeout=60)
+            return
+        with self._lock:
+            self.working += 1
+            self.late += self.returned
+        self._helped.set()
+        threading.Event().wait(timeout=0.05)  # as long as a step may take
+        with self._lock:
+            self.working -= 1
+
+
+def _run_with_an_interrupt(task, at):
+    """Raise KeyboardInterrupt at one of the lines that run; how many of them ran.
+
+    Leaving a ``with`` is a line to a tracer, but nowhere that an interrupt can arrive.
+    """
+    lines = 0
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        code = frame.f_code
+        if code is not _threads.run.__code__:
+            return None
+        text = linecache.getline(code.co_filename, frame.f_lineno)
+        if event == "line" and not text.lstrip().startswith("with "):
+            lines += 1
+            if lines == at:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)  # of this thread, and not of the helpers
+    try:
+        _threads.run(task, 3)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+def test_an_interrupt_at_any_line_waits_for_the_helpers():
+    """The caller may free memory that they write to as soon as it goes on."""
+    lines = _run_with_an_interrupt(Watched(), at=0)
+    assert lines > 5
+    tasks = []
+    for at in range(1, lines + 1):
+        tasks.append(Watched())
+        _run_with_an_interrupt(tasks[-1], at)
+        tasks[-1].returned = True
+        assert tasks[-1].working == 0, f"interrupt at line {at}"
+    # Helpers that nobody waited for have had their turn when these have.
+    together = threading.Barrier(3)
+    _threads.run(lambda: together.wait(timeout=60), 3)
+    assert not any(task.late for task in tasks)
+
+
+def test_an_error_of_a_helper_reaches_the_caller():
+    main = threading.get_ident()
+    helped = threading.Event()
+
+    def task():
+        if threading.get_ident() == main:
+            assert helped.wait(timeout=60)
+            return
+        helped.set()
+        raise ZeroDivisionError("in a helper")
+
+    with pytest.raises(ZeroDivisionError, match="in a helper"):
+        _threads.run(task, 2)
+
+
+# --- Forks --------------------------------------------------------------------------------
+
+fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+# Python 3.12 warns of every fork beside threads; this is about those that are safe.
+fork_beside_threads = pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
+)
+
+
+def _begun_in_a_fork(seed):
+    """The child's process id, and where it writes its digest."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # no test code may go on in the child
+        try:
+            signal.alarm(120)
+            os.write(writing, taken(seed).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    return child, os.fdopen(reading)
+
+
+def _ended(child, result):
+    with result:
+        digest = result.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return digest
+
+
+@fork
+@fork_beside_threads
+def test_a_fork_after_steps_can_step(expected, use_threads):
+    use_threads(3)
+    assert taken(0) == expected[0]  # the threads are there
+    child = _begun_in_a_fork(1)
+    assert taken(1) == expected[1]  # at the same time
+    assert _ended(*child) == expected[1]
+    assert taken(0) == expected[0]
+
+
+@fork
+@fork_beside_threads
+def test_a_fork_in_the_midst_of_a_step_of_another_thread_can_step(expected, use_threads):
+    use_threads(3)
+    stop = threading.Event()
+    digests = set()
+
+    def stepping():
+        while not stop.is_set():
+            digests.add(taken(0))
+
+    other = threading.Thread(target=stepping)
+    other.start()
+    try:
+        for _ in range(3):
+            assert _ended(*_begun_in_a_fork(1)) == expected[1]
+    finally:
+        stop.set()
+        other.join()
+    assert digests == {expected[0]}
+
+
+@fork
+@fork_beside_threads
+def test_a_pool_of_forked_processes_can_step(expected, use_threads):
+    use_threads(2)
+    taken(0)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(taken, range(2)) == expected
+
+
+# --- The end of the process ---------------------------------------------------------------
+
+
+def test_a_step_at_exit_works(expected, run_python):
+    program = STEPS + (
+        "import atexit\n"
+        "taken(0)\n"
+        "atexit.register(lambda: print(taken(1)))\n"
+        "print(taken(0))\n"
+    )
+    printed = run_python(program, OMP_NUM_THREADS="3")
+    assert printed.split() == expected
+
+
+def test_the_first_step_may_be_at_exit(expected, run_python):
+    program = STEPS + "import atexit\natexit.register(lambda: print(taken(1)))\n"
+    assert run_python(program, OMP_NUM_THREADS="3") == expected[1]
+
+
+# --- Compiled code ------------------------------------------------------------------------
+
+
+def test_without_compilation_the_bits_are_the_same(expected, run_python):
+    program = STEPS + (
+        "print(taken(0), taken(1))\n"
+        "import sys\n"
+        "assert 'adamax._kernels._cpu' not in sys.modules\n"
+        "assert 'adamax._kernels._reference' in sys.modules\n"
+    )
+    assert run_python(program, NUMBA_DISABLE_JIT="1").split() == expected
+
+
+def test_without_compilation_norms_are_as_close(run_python, tmp_path):
+    """With clipping by norm, which adds up in another order."""
+    program = """
+        import sys
+        import ml_dtypes
+        import numpy as np
+        from adamax import Adamax
+
+        rng = np.random.default_rng(5)
+        clipped = {}
+        for dtype in sys.argv[2:]:
+            w = np.zeros(1000, np.float32).astype(dtype)
+            optimizer = Adamax(beta_1=0, clipnorm=1.0)
+            optimizer.apply_gradients([(rng.normal(size=1000).astype(dtype), w)])
+            clipped[dtype] = optimizer.state_dict()["0.m"]
+        np.savez(sys.argv[1], **clipped)
+    """
+    results = []
+    for switched_off in "01":
+        path = tmp_path / f"{switched_off}.npz"
+        run_python(program, path, *DTYPES, NUMBA_DISABLE_JIT=switched_off)
+        results.append(np.load(path))
+    for dtype, precision in PRECISION.items():
+        first, second = (result[dtype] for result in results)
+        np.testing.assert_allclose(second, first, rtol=4 * precision.roundoff)
+        norm = np.linalg.norm(first.astype(np.float64))
+        assert norm == pytest.approx(1.0, rel=4 * precision.roundoff)
+
+
+def _uncached(directory: Path, way: str) -> dict[str, str | None]:
+    """The environment for a copy of the package with no place for a cache.
+
+    A file where a directory should be stops a user who may write anywhere as well.
+    """
+    shutil.copytree(
+        PACKAGE, directory / "adamax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for folder in (directory / "adamax").rglob("*"):
+        if folder.is_dir():
+            (folder / "__pycache__").touch()
+    (directory / "adamax" / "__pycache__").touch()
+    (directory / "file").touch()
+    no_directory = str(directory / "file" / "below")
+    return {
+        "PYTHONPATH": str(directory),
+        "HOME": no_directory,
+        "XDG_CACHE_HOME": no_directory,
+        "LOCALAPPDATA": no_directory,
+        "NUMBA_CACHE_DIR": no_directory if way == "NUMBA_CACHE_DIR" else None,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@pytest.mark.parametrize("way", ["NUMBA_CACHE_DIR", "no variable"])
+def test_no_place_for_a_cache_is_no_error(expected_float32, run_python, tmp_path, way):
+    environment = _uncached(tmp_path, way)
+    program = STEPS + (
+        "import adamax\nprint(adamax.__file__, taken(0, dtypes=['float32']))\n"
+    )
+    where, digest = run_python(program, **environment).split()
+    assert Path(where).parent == tmp_path / "adamax"
+    assert digest == expected_float32[0]
+    assert not list(tmp_path.rglob("*.nb?"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX")
+def test_a_cache_without_room_is_no_error(expected_float32, run_python, tmp_path):
+    """As on a disk that is full: there is a place, and then no room."""
+    program = STEPS + (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "print(taken(0, dtypes=['float32']))\n"
+        "assert Path(sys.argv[1]).is_dir()\n"
+    )
+    cache = tmp_path / "cache"
+    printed = run_python(program, cache, NUMBA_CACHE_DIR=str(cache))
+    assert printed == expected_float32[0]
+    assert not any(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+
+
+def test_code_is_taken_from_the_cache(run_python, tmp_path):
+    program = STEPS + (
+        "taken(0, steps=1, dtypes=['float32'])\n"
+        "from adamax._kernels import kernels\n"
+        "stats = [k.stats for k in vars(kernels()).values() if hasattr(k, 'stats')]\n"
+        "hits = sum(sum(s.cache_hits.values()) for s in stats)\n"
+        "misses = sum(sum(s.cache_misses.values()) for s in stats)\n"
+        "print(hits, misses)\n"
+    )
+    cache = str(tmp_path / "cache")
+    hits, misses = map(int, run_python(program, NUMBA_CACHE_DIR=cache).split())
+    assert hits == 0
+    assert misses > 0
+    hits, misses = map(int, run_python(program, NUMBA_CACHE_DIR=cache).split())
+    assert hits > 0
+    assert misses == 0
