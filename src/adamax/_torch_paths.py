@@ -302,7 +302,7 @@ def _all_flat(tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> bo
     return (
         {tensor.is_contiguous() for tensor in tensors} == {True}
         and {tensor.is_cpu for tensor in tensors} == {True}
-        and {tensor.dtype for tensor in tensors} == {dtype}
+        and [tensor.dtype for tensor in tensors].count(dtype) == len(tensors)
         and [tensor.numel() for tensor in tensors] == sizes
         and not (dtype.is_complex and any(tensor.is_conj() for tensor in tensors))
         # Imaginary parts of conjugates, which have holes unless they are one number.

@@ -196,23 +196,19 @@ class Adamax(Optimizer):
         steps: list[Tensor],
     ) -> None:
         # torch.compile runs this method, of this name, instead of tracing it.
-        for param in group["params"]:
-            if param.grad is not None:
-                params.append(param)
-                grads.append(param.grad)
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state["step"] = _new_step(param, group["capturable"])
-                for name in ("exp_avg", "exp_inf"):
-                    state[name] = torch.zeros_like(
-                        param,
-                        dtype=state_dtype(param.dtype),
-                        memory_format=torch.preserve_format,
-                    )
-            steps.append(state["step"])
-            exp_avgs.append(state["exp_avg"])
-            exp_infs.append(state["exp_inf"])
+        given = [param.grad for param in group["params"]]
+        grads += [grad for grad in given if grad is not None]
+        params += [p for p, g in zip(group["params"], given, strict=True) if g is not None]
+        states = [self.state[param] for param in params]
+        if not all(states):
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = _new_step(param, group["capturable"])
+                    state["exp_avg"] = _new_state(param)
+                    state["exp_inf"] = _new_state(param)
+        exp_avgs += [state["exp_avg"] for state in states]
+        exp_infs += [state["exp_inf"] for state in states]
+        steps += [state["step"] for state in states]
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -444,6 +440,12 @@ def _local(batch: Batch) -> Batch:
     ]
     params, grads, exp_avgs, exp_infs = columns
     return Batch(params, grads, exp_avgs, exp_infs, batch.steps)
+
+
+def _new_state(param: Tensor) -> Tensor:
+    return torch.zeros_like(
+        param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format
+    )
 
 
 def _new_step(param: Tensor, capturable: bool) -> Tensor:
