@@ -50,8 +50,9 @@ def after_steps(options, start, lr, exp_avg, exp_inf, *gradients):
     return w, state["exp_avg"], state["exp_inf"]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [("float64", 1), ("float64", 2), ("complex128", 2)]
+)
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 @pytest.mark.parametrize("name", RECORDED)
 def test_gradients_of_steps(name, lr, steps, dtype):

@@ -99,8 +99,8 @@ def test_values_of_dense_gradients_are_torchs(rng, dtype, foreach):
     assert_same_gradients(params, expected)
 
 
-@pytest.mark.parametrize("limit", [0.1, 5.0, 1e6])
-@pytest.mark.parametrize("norm_type", NORMS)
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_are_those_of_the_summed_gradients(rng, dtype, norm_type, limit):
     params = with_gradients(rng, dtype)

@@ -53,7 +53,7 @@ class Group:
         """Run a scenario in all processes; fail with what the first to fail says."""
         for connection in self.connections:
             connection.send((scenario, arguments, limit))
-        self._check_answers(limit + 5)
+        self._check_answers(limit + 2)  # for stacks, and for answers to arrive
 
     def _check_answers(self, limit: float) -> None:
         deadline = time.monotonic() + limit
@@ -138,7 +138,7 @@ def test_tensor_parallel(group):
     group.run("tensor_parallel")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fused", "foreach"])
 def test_layouts(group, path):
     group.run("layouts", path=path)
 

@@ -491,6 +491,16 @@ def test_what_surrounds_a_parameter_is_left_alone(rng):
     assert_same_tensor(buffer[outside], before)
 
 
+def test_memory_may_be_misaligned(rng):
+    start, gradient = draw(rng, (1000,)), draw(rng, (1000,))
+    place = torch.frombuffer(bytearray(4 * 1000 + 1), dtype=torch.float32, offset=1)
+    w, expected = torch.nn.Parameter(place.copy_(start)), torch.nn.Parameter(start.clone())
+    assert w.data_ptr() % 4
+    take_steps(Adamax([w]), [[gradient]] * 2)
+    take_steps(Adamax([expected]), [[gradient]] * 2)
+    assert_same_tensor(w, expected)
+
+
 # --- Shared memory ------------------------------------------------------------------------
 
 ONE_BY_ONE = ["default", "fused", "loop"]
@@ -582,6 +592,42 @@ def test_state_that_is_replaced_is_seen(rng):
     del optimizer.state[params[0]]
     follow(optimizer, gradients)
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 15, 15]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_step_counts_may_be_of_any_dtype(rng, dtype):
+    """All of them, or some of them."""
+    params = [parameter(rng, (4,)) for _ in range(3)]
+    optimizer = Adamax(params)
+    gradients = [[draw(rng, (4,)) for _ in params] for _ in range(2)]
+    follow(optimizer, gradients)
+    for param in params:
+        state = optimizer.state[param]
+        state["step"] = state["step"].to(dtype)
+        follow(optimizer, gradients)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [8, 8, 8]
+    assert {optimizer.state[p]["step"].dtype for p in params} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_inf"])
+def test_state_of_another_shape_is_refused(rng, name):
+    params = [parameter(rng, (4,)) for _ in range(2)]
+    optimizer = take_steps(Adamax(params), [[draw(rng, (4,)), draw(rng, (4,))]])
+    optimizer.state[params[1]][name] = torch.zeros(5)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"parameter of shape \(4,\) must have its shape"):
+        optimizer.step()
+    assert_same_contents(optimizer, before)
+
+
+def test_a_parameter_may_be_transposed_in_place(rng):
+    """It is the same tensor in the same place, but not the same elements."""
+    w = parameter(rng, (3, 3))
+    optimizer = Adamax([w])
+    follow(optimizer, [[draw(rng, (3, 3))]] * 2)
+    w.grad = None
+    w.data = w.data.T
+    follow(optimizer, [[draw(rng, (3, 3))]] * 2)
 
 
 def test_gradients_come_and_go(rng):

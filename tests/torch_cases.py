@@ -5,13 +5,17 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import compare
 import oracle
 from cases import PRECISION, values
 from conftest import framework
 
-torch = framework("torch")
+try:
+    torch = framework("torch")
+except pytest.skip.Exception as missing:
+    pytest.skip(str(missing), allow_module_level=True)
 
 # The ways in which a step can be carried out, as a user asks for them.
 PATHS: dict[str, dict[str, Any]] = {

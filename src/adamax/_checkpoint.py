@@ -36,7 +36,9 @@ class ArrayLike(Protocol):
 
 def copy_in_pieces(target: Array, source: ArrayLike) -> None:
     """Copy ``source`` into ``target`` with little memory beside them."""
-    if target.ndim == 0 or target.size == 0:
+    if target.size == 0:
+        return
+    if target.ndim == 0:
         target[...] = source[()]
         return
     rows = max(1, _BYTES_AT_ONCE // (target.nbytes // len(target)))

@@ -151,6 +151,7 @@ class KnownTensors:
             len(tensors) == len(self._tensors)
             and all(map(operator.is_, tensors, self._tensors))
             and [tensor.data_ptr() for tensor in tensors] == self._addresses
+            and all(map(Tensor.is_contiguous, batch.params))  # not transposed in place
             and {grad.layout for grad in batch.grads} == {torch.strided}
             and _all_flat(batch.grads, self._dtype, self._sizes)
         ):

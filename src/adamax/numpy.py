@@ -12,6 +12,7 @@ import numpy.typing as npt
 from . import _rule
 from ._arrays import (
     Array,
+    KnownBatch,
     SparseGradient,
     Variable,
     check_disjoint,
@@ -156,6 +157,7 @@ class Adamax:
         self._iterations = 0
         self._state_dir = None if state_dir is None else Path(state_dir)
         self._variables: dict[int, Variable] = {}  # by id of the array, in order
+        self._known = KnownBatch()
 
     # --- Stepping ----------------------------------------------------------------------
 
@@ -195,23 +197,29 @@ class Adamax:
             raise ValueError(
                 "grads_and_vars must hold at least one gradient that is not None"
             )
-        variables = self._checked_variables([parameter for _, parameter in pairs])
-        updates = [
-            update_of(gradient, variable)
-            for (gradient, _), variable in zip(pairs, variables, strict=True)
-        ]
-        self._adopt(variables)
-
-        factors = np.zeros((len(updates), len(Factor)))
+        gradients, parameters = zip(*pairs, strict=True)
+        factors = np.zeros((len(pairs), len(Factor)))
         factors[:, Factor.STEP_SIZE] = _rule.step_size(
             learning_rate, hyperparameters.beta_1, self._iterations + 1
         )
         factors[:, Factor.DECAY] = _rule.decay_factor(
             learning_rate, hyperparameters.weight_decay
         )
-        threads = get_num_threads()
-        factors[:, Factor.SCALE] = clip_factors(updates, hyperparameters, threads)
-        launch(updates, factors, Coefficients.of(hyperparameters), threads)
+        coefficients, threads = Coefficients.of(hyperparameters), get_num_threads()
+        known = self._known
+        addresses = known.addresses(gradients, parameters)
+        if addresses is not None:
+            factors[:, Factor.SCALE] = known.clip_factors(
+                addresses, hyperparameters, threads
+            )
+            known.launch(addresses, factors, coefficients, threads)
+        else:
+            variables = self._checked_variables(parameters)
+            updates = list(map(update_of, gradients, variables))
+            self._adopt(variables)
+            factors[:, Factor.SCALE] = clip_factors(updates, hyperparameters, threads)
+            launch(updates, factors, coefficients, threads)
+            self._known = KnownBatch(updates)
         self._iterations += 1
         return self._iterations
 
@@ -523,6 +531,7 @@ class Adamax:
         # Variables are found by the identity of their array, which a copy changes.
         state = self.__dict__.copy()
         state["_variables"] = list(self._variables.values())
+        state["_known"] = KnownBatch()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

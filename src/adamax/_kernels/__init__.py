@@ -28,6 +28,9 @@ that is written. Nothing is allocated in proportion to a parameter.
     Add 1 to each of ``n`` step counters of float32 or float64 at int64 addresses ``(n,)``
     and return the new values, as float64 ``(n,)``.
 
+``array_addresses(arrays)``
+    Where the elements of ``n`` NumPy arrays begin, as int64 ``(n,)``.
+
 ``w`` and ``g`` are of the given :class:`Storage`, ``m`` and ``u`` and all arithmetic of
 :func:`state_dtype` of it.
 """
@@ -35,6 +38,7 @@ that is written. Nothing is allocated in proportion to a parameter.
 import enum
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,6 +151,8 @@ class Kernels(Protocol):
     ) -> float: ...
 
     def advance(self, storage: Storage, addresses: Int64Array) -> Float64Array: ...
+
+    def array_addresses(self, arrays: Sequence[npt.NDArray[Any]]) -> Int64Array: ...
 
 
 @functools.cache

@@ -8,7 +8,7 @@ operating system delays does not delay the others. No fast-math flag is used tha
 there are no NaNs, and none at all where results must not depend on the vector width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -498,6 +498,13 @@ def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums
 
 
 @_kernel()
+def _read_words(addresses, words):
+    zero = np.int64(0)
+    for i in range(addresses.shape[0]):
+        words[i] = _load(_pointer(addresses[i], zero), 0)
+
+
+@_kernel()
 def _advance(word, addresses, values):
     for i in range(addresses.shape[0]):
         counter = _pointer(addresses[i], word)
@@ -623,6 +630,22 @@ def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
     values = np.empty(addresses.size)
     _call(_advance, _WORD_OF[storage], addresses, values)
     return values
+
+
+def array_addresses(arrays: Sequence[npt.NDArray[Any]]) -> Int64Array:
+    """Where the elements of NumPy arrays begin; ``.ctypes.data`` takes a microsecond each.
+
+    The pointer is the first field of an array object, on which all extensions that were
+    compiled against NumPy rely. That it is there is checked all the same.
+    """
+    if not arrays:
+        return np.empty(0, np.int64)
+    objects = np.array([id(array) for array in arrays], np.int64)
+    addresses = np.empty(len(arrays), np.int64)
+    _call(_read_words, objects + object.__basicsize__, addresses)
+    if addresses[0] != arrays[0].ctypes.data or addresses[-1] != arrays[-1].ctypes.data:
+        return np.array([array.ctypes.data for array in arrays], np.int64)
+    return addresses
 
 
 def _types_of(storage: Storage) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ The order of operations is that of the fused kernels, so results are equal bit f
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,10 @@ def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
     for counter in counters:
         counter += 1
     return np.array([counter[0] for counter in counters], np.float64)
+
+
+def array_addresses(arrays: Sequence[Array]) -> Int64Array:
+    return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
 def _stepped(

@@ -1,0 +1,186 @@
+"""Cases of the NumPy front end, ``adamax.Adamax``."""
+
+from functools import partial
+
+from . import contestants
+from .harness import Below, Case, Contestant, CostsAtMost, Faster
+from .meters import GROWTH_OF_PEAK, SECONDS, TRACED_PEAK, Meter
+from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, MOVE, SPARSE_ADAM
+from .workloads import Dense, Sparse, Startup
+
+OURS = "adamax"
+FOREACH = "torch Adamax (foreach)"
+FOR_LOOP = "torch Adamax (for loop)"
+FUSED_ADAM = "torch Adam (fused)"
+SPARSE_ADAM_OF_TORCH = "torch SparseAdam"
+LIMIT = "memory limit"
+TF_KERAS = "tf_keras Adamax"
+KERAS = "keras Adamax"
+
+_ROWS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}
+
+
+def _dense(work: Dense) -> tuple[Contestant, ...]:
+    return (
+        Contestant(OURS, contestants.NumpyAdamax, work, ADAMAX, ours=True),
+        Contestant(FOREACH, partial(contestants.torch_adamax, foreach=True), work, ADAMAX),
+        Contestant(
+            FOR_LOOP, partial(contestants.torch_adamax, foreach=False), work, ADAMAX
+        ),
+        Contestant(FUSED_ADAM, contestants.torch_fused_adam, work, ADAM),
+        Contestant(LIMIT, contestants.MemoryLimit, work, MOVE),
+    )
+
+
+def _ours(work: Sparse, name: str = OURS, meter: Meter = SECONDS) -> Contestant:
+    return Contestant(name, contestants.NumpyAdamax, work, LAZY_ADAMAX, True, meter)
+
+
+def _sparse_adam(
+    work: Sparse, name: str = SPARSE_ADAM_OF_TORCH, meter: Meter = SECONDS
+) -> Contestant:
+    make = contestants.torch_sparse_adam
+    return Contestant(name, make, work, SPARSE_ADAM, meter=meter)
+
+
+def _keras(work: Sparse, meter: Meter = SECONDS) -> tuple[Contestant, ...]:
+    """Keras' rule for a sparse gradient moves all rows of the table."""
+    return tuple(
+        Contestant(
+            f"{name} (XLA)" if xla else name,
+            partial(contestants.TensorFlow, package=name.split()[0], xla=xla),
+            work,
+            ADAMAX,
+            meter=meter,
+        )
+        for xla in (False, True)
+        for name in (TF_KERAS, KERAS)
+    )
+
+
+def _sparse(zipf: bool) -> tuple[Case, ...]:
+    kind = "Zipf" if zipf else "uniform"
+    name = f"sparse-{kind.lower()}"
+    title = f"4096 {kind} ids into rows of 64"
+    tables = {size: Sparse(rows, zipf=zipf) for size, rows in _ROWS.items()}
+    ours = {size: f"{OURS}, {size} rows" for size in tables}
+    beside_torch = tuple(
+        Case(
+            f"{name}-{size}",
+            f"{title}, table of {size} rows",
+            (_ours(table), _sparse_adam(table)),
+            (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),) if size == "1e6" else (),
+            rounds=200,
+            warm_ups=5,
+        )
+        for size, table in tables.items()
+    )
+    return (
+        Case(
+            name,
+            f"{title}, by size of the table",
+            tuple(_ours(table, ours[size]) for size, table in tables.items()),
+            (CostsAtMost(ours["1e7"], ours["1e5"], 2.5),),
+            rounds=200,
+            warm_ups=5,
+        ),
+        *beside_torch,
+        Case(
+            f"{name}-keras",
+            f"{title}, table of 1e6 rows, Keras",
+            (_ours(tables["1e6"]), *_keras(tables["1e6"])),
+            (Faster(OURS, (TF_KERAS,), 300), Faster(OURS, (KERAS,), 300)),
+            rounds=15,
+            note="The error of keras is real: where ids repeat, its norm takes the sum of "
+            "|g|, not |the sum of g|.",
+        ),
+    )
+
+
+def _memory() -> tuple[Case, ...]:
+    large, middle = Sparse(_ROWS["1e7"]), Sparse(_ROWS["1e6"])
+    title = "Memory for sparse steps"
+    resident, allocated = f"{OURS}, resident", f"{OURS}, allocated"
+    limit = 0.01 * large.table_bytes
+    peers = (
+        _sparse_adam(middle, meter=GROWTH_OF_PEAK),
+        *_keras(middle, meter=GROWTH_OF_PEAK),
+    )
+    return (
+        Case(
+            "sparse-memory",
+            f"{title}, table of 1e7 rows ({large.table_bytes / 1e6:,.0f} MB)",
+            (
+                _ours(large, resident, GROWTH_OF_PEAK),
+                _ours(large, allocated, TRACED_PEAK),
+            ),
+            (
+                Below(resident, limit, GROWTH_OF_PEAK, worst=True),
+                Below(allocated, limit, TRACED_PEAK, worst=True),
+            ),
+            rounds=100,
+            warm_ups=0,
+        ),
+        *(
+            # Alone, because what one keeps for its next step is growth for all.
+            Case(
+                f"sparse-memory-peer-{number}",
+                f"{title}, table of 1e6 rows ({middle.table_bytes / 1e6:,.0f} MB)",
+                (peer,),
+                warm_ups=0,
+            )
+            for number, peer in enumerate(peers, start=1)
+        ),
+    )
+
+
+def _startup() -> Case:
+    work = Startup()
+    options = {"plain": {}, "clipped": {"global_clipnorm": 1e9}}
+    first, later = "first after installation", "later"
+    limits = {first: 10.0, later: 1.0}
+    names = [(when, what) for what in options for when in limits]
+    return Case(
+        "startup",
+        "First step of a process: interpreter, import, a dense and a sparse step",
+        tuple(
+            Contestant(
+                f"{when}, {what}",
+                partial(contestants.FirstStep, options=options[what], directory=what),
+                work,
+                rule=None,
+                ours=True,
+            )
+            for when, what in names
+        ),
+        tuple(Below(f"{when}, {what}", limits[when]) for when, what in names),
+        rounds=5,
+        warm_ups=1,
+    )
+
+
+CASES = (
+    Case(
+        "dense",
+        "One array of 32 Mi float32",
+        _dense(Dense(arrays=1, length=32 << 20)),
+        (
+            Faster(OURS, (FOREACH, FOR_LOOP), 3.3),
+            Faster(OURS, (FUSED_ADAM,), 0.95),
+            Faster(OURS, (LIMIT,), 0.9),
+        ),
+        rounds=25,
+    ),
+    Case(
+        "dense-many",
+        "300 arrays of 4096 float32 in one call",
+        _dense(Dense(arrays=300, length=4096)),
+        (Faster(OURS, (FOREACH,), 5),),
+        rounds=100,
+        warm_ups=10,
+    ),
+    *_sparse(zipf=False),
+    *_sparse(zipf=True),
+    *_memory(),
+    _startup(),
+)

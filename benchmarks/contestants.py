@@ -1,0 +1,264 @@
+"""Factories of contestants. A framework is imported when its contestant is made."""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+import adamax
+
+from .harness import THREADS
+from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE
+from .workloads import Array, Dense, Gradient, Rows, Sparse, Startup
+
+TableWork = Dense | Sparse
+
+
+class NumpyAdamax:
+    """Ours, for NumPy arrays."""
+
+    def __init__(self, work: TableWork) -> None:
+        adamax.set_num_threads(THREADS)
+        self._arrays = work.initial()
+        self._optimizer = adamax.Adamax(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
+        self._optimizer.build(self._arrays)
+        for state in self._optimizer.state_dict().values():
+            state[...] = 0  # touches its memory
+
+    def take(self, draw: list[Gradient]) -> None:
+        gradients = [
+            adamax.IndexedSlices(g.values.copy(), g.ids.copy())
+            if isinstance(g, Rows)
+            else g.copy()
+            for g in draw
+        ]
+        self._pairs = list(zip(gradients, self._arrays, strict=True))
+
+    def step(self) -> None:
+        self._optimizer.apply_gradients(self._pairs)
+
+    def parameters(self) -> list[Array]:
+        return self._arrays
+
+
+class Torch:
+    """An optimizer with the protocol of ``torch.optim``."""
+
+    def __init__(self, work: TableWork, optimizer: Callable[[Any, Any], Any]) -> None:
+        import torch
+
+        torch.set_num_threads(THREADS)
+        # Its checks of sparse tensors are off by default too, but then with a warning.
+        torch.sparse.check_sparse_tensor_invariants.disable()
+        self._torch = torch
+        self._parameters = [
+            torch.nn.Parameter(torch.from_numpy(array)) for array in work.initial()
+        ]
+        self._optimizer = optimizer(torch.optim, self._parameters)
+
+    def take(self, draw: list[Gradient]) -> None:
+        for parameter, gradient in zip(self._parameters, draw, strict=True):
+            parameter.grad = self._tensor(gradient, parameter.shape)
+
+    def _tensor(self, gradient: Gradient, shape: Any) -> Any:
+        from_numpy = self._torch.from_numpy
+        if isinstance(gradient, Rows):
+            ids = from_numpy(gradient.ids.reshape(1, -1).copy())
+            values = from_numpy(gradient.values.copy())
+            return self._torch.sparse_coo_tensor(ids, values, shape)
+        return from_numpy(gradient.copy())
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def parameters(self) -> list[Array]:
+        return [parameter.detach().numpy() for parameter in self._parameters]
+
+
+def torch_adamax(work: TableWork, *, foreach: bool) -> Torch:
+    return Torch(
+        work,
+        lambda optim, parameters: optim.Adamax(
+            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, foreach=foreach
+        ),
+    )
+
+
+def adamax_torch(work: TableWork) -> Torch:
+    """Ours, for PyTorch."""
+    from adamax.torch import Adamax
+
+    return Torch(
+        work,
+        lambda optim, parameters: Adamax(
+            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON
+        ),
+    )
+
+
+def torch_fused_adam(work: TableWork) -> Torch:
+    return Torch(
+        work,
+        lambda optim, parameters: optim.Adam(
+            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, fused=True
+        ),
+    )
+
+
+def torch_sparse_adam(work: TableWork) -> Torch:
+    return Torch(
+        work,
+        lambda optim, parameters: optim.SparseAdam(
+            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON
+        ),
+    )
+
+
+class TensorFlow:
+    """Adamax of tf_keras or of Keras 3 on TensorFlow, in a ``tf.function``."""
+
+    def __init__(self, work: TableWork, package: str, *, xla: bool = False) -> None:
+        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        import tensorflow as tf
+
+        _limit_tensorflow()
+        self._tf = tf
+        if package == "keras":
+            from keras import Variable
+            from keras.optimizers import Adamax
+        else:
+            from tensorflow import Variable
+            from tf_keras.optimizers import Adamax
+
+        optimizer = Adamax(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
+        self._variables = [Variable(array) for array in work.initial()]
+        optimizer.build(self._variables)
+
+        @tf.function(jit_compile=xla)
+        def step(gradients: Any) -> Any:
+            optimizer.apply_gradients(zip(gradients, self._variables, strict=True))
+            return tf.convert_to_tensor(optimizer.iterations)
+
+        self._step = step
+
+    def take(self, draw: list[Gradient]) -> None:
+        variables = zip(draw, self._variables, strict=True)
+        self._gradients = [self._tensor(g, variable.shape) for g, variable in variables]
+
+    def _tensor(self, gradient: Gradient, shape: Any) -> Any:
+        constant = self._tf.constant
+        if isinstance(gradient, Rows):
+            return self._tf.IndexedSlices(
+                constant(gradient.values), constant(gradient.ids), constant(tuple(shape))
+            )
+        return constant(gradient)
+
+    def step(self) -> None:
+        self._step(self._gradients).numpy()  # waits for the step
+
+    def parameters(self) -> list[Array]:
+        return [np.asarray(variable) for variable in self._variables]
+
+
+@functools.cache
+def _limit_tensorflow() -> None:
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+
+
+class MemoryLimit:
+    """Moves the bytes of a dense step (reads w, m, u, g, writes w, m, u), no more.
+
+    Nothing that touches the same memory once can be faster than this.
+    """
+
+    _PIECE = 1 << 20
+
+    def __init__(self, work: Dense) -> None:
+        self._w = work.initial()
+        # Large arrays of NumPy begin at the same offset of a page, and then elements of
+        # the same index may evict each other from the first-level cache. Not here.
+        m, u, self._g = (
+            [_apart(w, distance) for w in self._w] for distance in (256, 512, 768)
+        )
+        self._pieces = [
+            tuple(array[start : start + self._PIECE] for array in arrays)
+            for arrays in zip(self._w, m, u, self._g, strict=True)
+            for start in range(0, arrays[0].size, self._PIECE)
+        ]
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    def take(self, draw: list[Array]) -> None:
+        for g, drawn in zip(self._g, draw, strict=True):
+            g[:] = drawn
+
+    def step(self) -> None:
+        numbers = itertools.count()  # its next() is atomic
+        for _ in self._pool.map(self._work, [numbers] * THREADS):
+            pass
+
+    def _work(self, numbers: Any) -> None:
+        while (number := next(numbers)) < len(self._pieces):
+            _move(*self._pieces[number])
+
+    def parameters(self) -> list[Array]:
+        return self._w
+
+
+def _apart(array: Array, distance: int) -> Array:
+    """Zeros like ``array`` that begin ``distance`` elements further into a page."""
+    page = 4096 // array.itemsize
+    room = np.full(array.size + page, 0, array.dtype)
+    start = (array.ctypes.data - room.ctypes.data) // array.itemsize + distance
+    return room[start % page :][: array.size]
+
+
+@numba.njit(nogil=True)
+def _move(w: Array, m: Array, u: Array, g: Array) -> None:
+    # From 0: Numba does not vectorise a loop from a start that might be negative.
+    for i in range(w.size):
+        u[i] = m[i]
+        m[i] = w[i]
+        w[i] = g[i]
+
+
+class FirstStep:
+    """Ours in a new process, from the start of the interpreter to its end."""
+
+    _SCRIPT = """
+import numpy as np
+from adamax import Adamax, IndexedSlices
+
+dense, table = np.zeros(1000, np.float32), np.zeros((100, 8), np.float32)
+rows = IndexedSlices(np.ones((3, 8), np.float32), np.array([7, 5, 7]))
+Adamax(learning_rate=0.5, **{options}).apply_gradients(
+    [(np.ones_like(dense), dense), (rows, table)]
+)
+np.testing.assert_allclose(dense, -0.5, rtol=1e-5)
+np.testing.assert_allclose(table[[5, 7]], -0.5, rtol=1e-5)
+assert not np.delete(table, [5, 7], axis=0).any()
+"""
+
+    def __init__(self, work: Startup, options: dict[str, float], directory: str) -> None:
+        self._command = [sys.executable, "-c", self._SCRIPT.format(options=options)]
+        self._directory = directory
+
+    def take(self, draw: Path) -> None:
+        cache = {"NUMBA_CACHE_DIR": str(draw / self._directory)}
+        self._environment = {**os.environ, **cache}
+
+    def step(self) -> None:
+        subprocess.run(self._command, env=self._environment, check=True)
+
+    def parameters(self) -> list[Array]:
+        return []
