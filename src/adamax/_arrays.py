@@ -62,7 +62,10 @@ class Variable:
         flags = parameter.flags
         self.order: Literal["C", "F"] = "F" if flags.fnc else "C"
         self.direct = flags.forc and flags.aligned and self.dtype == self.native_dtype
+        self.strides = parameter.strides
         self.check_unchanged()
+        if not flags.forc and _may_overlap_itself(parameter):
+            raise ValueError(f"parameter {name!r} has elements that overlap in memory")
 
     @property
     def state_layout(self) -> tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]:
@@ -74,10 +77,11 @@ class Variable:
         parameter = self.parameter
         if not parameter.flags.writeable:
             raise ValueError(f"parameter {self.name!r} is read-only")
-        if parameter.shape != self.shape or parameter.dtype != self.dtype:
+        layout = (parameter.shape, parameter.dtype, parameter.strides)
+        if layout != (self.shape, self.dtype, self.strides):
             raise ValueError(
-                f"parameter {self.name!r} has state for the shape {self.shape} and dtype "
-                f"{self.dtype}, but now has {parameter.shape} and {parameter.dtype}"
+                f"parameter {self.name!r} has state for the shape {self.shape}, dtype "
+                f"{self.dtype} and strides {self.strides}, but now has {layout}"
             )
 
     def hold(self, m: Array, u: Array) -> None:
@@ -175,7 +179,7 @@ class RowsUpdate(Update):
         shape, name = variable.shape, variable.name
         if not shape:
             raise ValueError(f"parameter {name!r} has no rows, but its gradient is sparse")
-        indices = _checked_indices(gradient.indices, name)
+        indices = _checked_indices(gradient.indices, shape[0], name)
         values = _as_array(gradient.values, variable)
         expected = (indices.size, *shape[1:])
         if values.shape != expected:
@@ -222,7 +226,7 @@ class RowsUpdate(Update):
 
 def update_of(gradient: Any, variable: Variable) -> Update:
     """What ``gradient`` asks for, checked."""
-    if type(gradient) is not np.ndarray and isinstance(gradient, SparseGradient):
+    if _is_sparse(gradient):
         return RowsUpdate(gradient, variable)
     return DenseUpdate(gradient, variable)
 
@@ -242,6 +246,12 @@ def check_disjoint(known: Iterable[Variable], fresh: Sequence[Variable]) -> None
                     f"pass the same array in every step, not a new view of it"
                 )
         open_spans.append((start, end, variable))
+
+
+def _is_sparse(gradient: Any) -> bool:
+    if type(gradient) is np.ndarray or not isinstance(gradient, SparseGradient):
+        return False
+    return not callable(gradient.values)  # a method of dense tensors of torch too
 
 
 class KnownBatch:
@@ -279,6 +289,7 @@ class KnownBatch:
             and set(map(type, gradients)) == {np.ndarray}
             and all([parameter.flags.writeable for parameter in parameters])  # noqa: C419
             and [parameter.shape for parameter in parameters] == self._shapes
+            and [parameter.strides for parameter in parameters] == self._strides
             and [parameter.dtype for parameter in parameters].count(self._dtype) == count
             and [gradient.shape for gradient in gradients] == self._shapes
             and [gradient.strides for gradient in gradients] == self._strides
@@ -418,7 +429,9 @@ def _as_array(gradient: Any, variable: Variable) -> Array:
     return array
 
 
-def _checked_indices(indices: Any, name: str) -> npt.NDArray[np.int32] | Int64Array:
+def _checked_indices(
+    indices: Any, rows: int, name: str
+) -> npt.NDArray[np.int32] | Int64Array:
     array = np.asarray(indices)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(
@@ -432,6 +445,12 @@ def _checked_indices(indices: Any, name: str) -> npt.NDArray[np.int32] | Int64Ar
         )
     if array.dtype == np.int32 or array.dtype == np.int64:
         return array
+    if array.dtype == np.uint64 and (outside := np.flatnonzero(array >= rows)).size:
+        position = int(outside[0])  # int64 could not hold it
+        raise IndexError(
+            f"the gradient of parameter {name!r}: indices[{position}] must be in "
+            f"[0, {rows}), got {array[position]}"
+        )
     return array.astype(np.int64)
 
 
@@ -446,6 +465,16 @@ def _address(array: Array) -> int:
 
 def _span(array: Array) -> tuple[int, int]:
     return np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+
+
+def _may_overlap_itself(array: Array) -> bool:
+    """Whether dimensions reach into each other's strides, as only as_strided makes them."""
+    reach = array.itemsize
+    for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _share_memory(a: Array, b: Array) -> bool:

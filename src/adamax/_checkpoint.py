@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import uuid
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -49,15 +49,19 @@ def copy_in_pieces(target: Array, source: ArrayLike) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     """Write a safetensors file that is there wholly or not at all."""
-    safetensors = _safetensors("numpy")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    safetensors = _safetensors()
     contiguous = {name: np.require(array, None, "C") for name, array in tensors.items()}
-    try:
-        safetensors.save_file(contiguous, temporary, metadata=_FORMAT)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+        temporary = Path(directory) / path.name
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # what new files get; safetensors is strict
+        try:
+            safetensors.numpy.save_file(contiguous, temporary, metadata=_FORMAT)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {str(path)!r}: {error}") from None
+        temporary.chmod(permissions)
         _flush_to_disk(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     _flush_to_disk(path.parent)
 
 
@@ -135,7 +139,7 @@ class StateFiles:
                 path.unlink(missing_ok=True)
 
 
-def _safetensors(module: str = "") -> ModuleType:
+def _safetensors() -> ModuleType:
     try:
         import safetensors
         import safetensors.numpy
@@ -144,7 +148,7 @@ def _safetensors(module: str = "") -> ModuleType:
             "saving and loading need safetensors: pip install 'adamax[numpy]'",
             name=error.name,
         ) from None
-    return safetensors.numpy if module == "numpy" else safetensors
+    return safetensors
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -22,6 +22,7 @@ and ``u`` bit for bit.
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
@@ -35,6 +36,8 @@ CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 # Below this, epsilon vanishes in float32 arithmetic, and a row that has only seen zero
 # gradients becomes 0 / 0.
 _SMALLEST_EPSILON = 2.0**-126
+
+_REAL_DTYPE = re.compile(r"(torch\.|<dtype: ')?(b?float|u?int)[0-9]+'?>?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,15 @@ def checked_number(hyperparameter: str, value: object, name: str | None = None) 
 def _real_number(value: object) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
-    if isinstance(value, numbers.Real):
-        return float(value)
-    # 0-d arrays and tensors of any framework describe themselves the same way.
+    # 0-d arrays and tensors of all frameworks have a shape and a dtype with a telling name.
     dtype = str(getattr(value, "dtype", ""))
-    if getattr(value, "shape", None) == () and ("float" in dtype or "int" in dtype):
+    scalar = getattr(value, "shape", None) == () and _REAL_DTYPE.fullmatch(dtype)
+    if not (scalar or isinstance(value, numbers.Real)):
+        return None
+    try:
         return float(value)  # type: ignore[arg-type]
-    return None
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +127,7 @@ class Hyperparameters:
             value = getattr(self, field.name)
             name = names.get(field.name, field.name)
             if field.name == "sparse":
-                if value not in SPARSE_MODES:
+                if not (isinstance(value, str) and value in SPARSE_MODES):
                     expected = " or ".join(repr(mode) for mode in SPARSE_MODES)
                     raise ValueError(f"{name} must be {expected}, got {value!r}")
             elif field.name == "learning_rate":

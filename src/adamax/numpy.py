@@ -142,6 +142,8 @@ class Adamax:
     ) -> None:
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
+        if not (state_dir is None or isinstance(state_dir, str | os.PathLike)):
+            raise TypeError(f"state_dir must be a path, got {state_dir!r}")
         self._hyperparameters = Hyperparameters(
             learning_rate=learning_rate,
             beta_1=beta_1,
@@ -277,15 +279,18 @@ class Adamax:
         >>> list(optimizer.state_dict())
         ['iterations', 'weights.m', 'weights.u']
         """
-        names: list[str] | None = None
+        self._adopt(self._named_variables(parameters))
+
+    def _named_variables(self, parameters: Parameters) -> list[Variable]:
+        """As :meth:`_checked_variables`, with the names that a mapping gives."""
         if isinstance(parameters, Mapping):
             names = [str(name) for name in parameters]
-            parameters = parameters.values()
-        elif isinstance(parameters, np.ndarray):
+            return self._checked_variables(list(parameters.values()), names)
+        if isinstance(parameters, np.ndarray):
             raise TypeError(
                 "parameters must be an iterable or a mapping of arrays, got one array"
             )
-        self._adopt(self._checked_variables(list(parameters), names))
+        return self._checked_variables(list(parameters))
 
     def _checked_variables(
         self, parameters: Sequence[Array], names: list[str] | None = None
@@ -452,9 +457,14 @@ class Adamax:
         >>> second.iterations
         1
         """
+        variables = dict.fromkeys(self._variables.values())
         if parameters is not None:
-            self.build(parameters)
-        expected = self.state_dict()
+            variables |= dict.fromkeys(self._named_variables(parameters))
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        expected["iterations"] = (), np.dtype(np.int64)
+        for variable in variables:
+            shape, dtype, _ = variable.state_layout
+            expected |= {f"{variable.name}.{part}": (shape, dtype) for part in ("m", "u")}
         if missing := sorted(expected.keys() - state_dict.keys()):
             raise ValueError(f"state_dict lacks {', '.join(missing)}")
         if unexpected := sorted(state_dict.keys() - expected.keys()):
@@ -466,24 +476,23 @@ class Adamax:
             name: entry if hasattr(entry, "dtype") else np.asarray(entry)
             for name, entry in state_dict.items()
         }
-        for name, array in expected.items():
+        for name, (shape, dtype) in expected.items():
             entry, kinds = given[name], "iu" if name == "iterations" else "f"
-            if entry.shape != array.shape:
+            if entry.shape != shape:
                 raise ValueError(
-                    f"state_dict[{name!r}] must have the shape {array.shape}, "
-                    f"got {entry.shape}"
+                    f"state_dict[{name!r}] must have the shape {shape}, got {entry.shape}"
                 )
             if entry.dtype.kind not in kinds:
                 raise TypeError(
-                    f"state_dict[{name!r}] must have the dtype {array.dtype}, "
-                    f"got {entry.dtype}"
+                    f"state_dict[{name!r}] must have the dtype {dtype}, got {entry.dtype}"
                 )
         iterations = int(given["iterations"][()])
         if iterations < 0:
             raise ValueError(
                 f"state_dict['iterations'] must not be negative, got {iterations}"
             )
-        for name, array in expected.items():
+        self._adopt(variables)
+        for name, array in self.state_dict().items():
             if name != "iterations":
                 copy_in_pieces(array, given[name])
         self._iterations = iterations
@@ -537,8 +546,6 @@ class Adamax:
     def __setstate__(self, state: dict[str, Any]) -> None:
         variables = state.pop("_variables")
         self.__dict__.update(state)
-        for variable in variables:
-            variable.refresh()
         self._variables = {id(v.parameter): v for v in variables}
 
 

@@ -10,6 +10,7 @@ class Ranges:
     """Ranges of memory, given by their addresses and their sizes in bytes."""
 
     def __init__(self, addresses: Int64Array, sizes: Int64Array) -> None:
+        addresses, sizes = addresses[sizes > 0], sizes[sizes > 0]
         order = np.argsort(addresses)
         self._starts = addresses[order]
         self._ends = self._starts + sizes[order]

@@ -1,0 +1,28 @@
+"""The examples in the docstrings run and give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import adamax
+from conftest import framework
+
+NEEDS = {"adamax.torch": "torch", "adamax._torch_paths": "torch"}
+MODULES = [module.name for module in pkgutil.walk_packages(adamax.__path__, "adamax.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    if name in NEEDS:
+        framework(NEEDS[name])
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", ["adamax.numpy", "adamax.torch", "adamax._rule"])
+def test_there_are_examples(name):
+    if name in NEEDS:
+        framework(NEEDS[name])
+    assert doctest.testmod(importlib.import_module(name)).attempted > 0
