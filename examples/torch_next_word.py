@@ -32,6 +32,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+from adamax.torch import Adamax
 from word_vectors import (
     OneLineParser,
     UnusableInputError,
@@ -41,8 +43,6 @@ from word_vectors import (
     whole_number,
     words_of,
 )
-
-from adamax.torch import Adamax
 
 CONTEXT = 3  # words that the model sees
 GUESSES = 2000  # words that it can guess; the first stands for all that are rarer
