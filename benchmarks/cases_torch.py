@@ -33,7 +33,7 @@ def _many(length: int, at_least: float) -> Case:
         f"300 parameters of {length} float32",
         _dense(Dense(arrays=300, length=length)),
         (Faster(OURS, (FOREACH,), at_least), Faster(OURS, (FUSED_ADAM,), 1.0)),
-        rounds=100 if length < 65536 else 25,
+        rounds=40 if length < 65536 else 15,
         warm_ups=10,
     )
 
@@ -50,7 +50,7 @@ def _sparse(size: str) -> Case:
             ),
         ),
         (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),),
-        rounds=60,
+        rounds=30,
         warm_ups=5,
     )
 
@@ -67,7 +67,7 @@ def _flat() -> Case:
             for size, rows in _ROWS.items()
         ),
         (CostsAtMost(names["1e7"], names["1e5"], 2.5),),
-        rounds=60,
+        rounds=30,
         warm_ups=5,
     )
 
@@ -78,7 +78,7 @@ CASES = (
         "One parameter of 32 Mi float32",
         _dense(Dense(arrays=1, length=32 << 20)),
         (Faster(OURS, (FOREACH, FOR_LOOP), 3.3), Faster(OURS, (FUSED_ADAM,), 0.95)),
-        rounds=25,
+        rounds=11,
     ),
     _many(64, at_least=5),
     _many(4096, at_least=5),

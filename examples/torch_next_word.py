@@ -226,7 +226,11 @@ def train(
     step(small, contender.make(small, learning_rate), rows[:1] * 0, words[:1])
 
     torch.manual_seed(options.seed)
-    model = NextWord(options.rows, options.dim, contender.sparse)
+    try:
+        model = NextWord(options.rows, options.dim, contender.sparse)
+    except RuntimeError:
+        table = f"a table of {options.rows} rows of {options.dim} numbers"
+        raise UnusableInputError(f"there is not enough memory for {table}") from None
     optimizers = contender.make(model, learning_rate)
     bar.set_description(contender.label)
     evaluated = np.linspace(0, options.steps, EVALUATIONS + 1).round().astype(int)
@@ -254,20 +258,24 @@ def train(
 # --- Results ---------------------------------------------------------------------------
 
 
-def perplexity(loss: float) -> float:
-    """How many equally likely words to choose from would be as hard to guess."""
-    return math.exp(min(loss, 700.0))
+def print_results(runs: Sequence[Run], baseline: float) -> None:
+    def line(label: str, *numbers: str) -> None:
+        print(f"{label:26}", *(f"{number:>10}" for number in numbers))
 
+    def quality(loss: float) -> tuple[str, str]:
+        # As hard to guess as one of how many equally likely words?
+        perplexity = math.exp(min(loss, 700))
+        return f"{loss:.3f}", f"{perplexity:.1f}"
 
-def print_results(runs: Sequence[Run]) -> None:
-    print(f"\n{'':26} learning   ms per     of which   held-out   held-out")
-    print(f"{'':26}     rate     step    optimizer       loss perplexity")
+    print()
+    line("", "learning", "ms per", "of which", "held-out", "held-out")
+    line("", "rate", "step", "optimizer", "loss", "perplexity")
+    line("untrained", "", "", "", *quality(runs[0].losses[0]))
+    line("word frequencies", "", "", "", *quality(baseline))
     for run in runs:
-        print(
-            f"{run.label:26} {run.learning_rate:8g} {np.median(run.seconds) * 1e3:8.1f} "
-            f"{np.median(run.update_seconds) * 1e3:12.1f} {run.losses[-1]:10.3f} "
-            f"{perplexity(run.losses[-1]):10.1f}"
-        )
+        times = (np.median(times) * 1e3 for times in (run.seconds, run.update_seconds))
+        numbers = f"{run.learning_rate:g}", *(f"{time:.1f}" for time in times)
+        line(run.label, *numbers, *quality(run.losses[-1]))
 
 
 def save_plot(path: Path, runs: Sequence[Run], baseline: float) -> None:
@@ -325,21 +333,20 @@ def run(options: argparse.Namespace) -> None:
     used = len(corpus.training[0].unique())
     print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
     print(f"Table       {options.rows:,} rows, of which the training text uses {used:,}")
-    print(f"Baseline    {baseline:.3f}, the loss of guesses that ignore the words before")
 
     contenders = [CONTENDERS[name] for name in dict.fromkeys(options.optimizers)]
     with tqdm(
         total=len(contenders) * options.steps, unit=" steps", dynamic_ncols=True
     ) as bar:
         runs = [train(contender, corpus, options, bar) for contender in contenders]
-    print_results(runs)
+    print_results(runs, baseline)
     save_plot(options.out / PLOT, runs, baseline)
     print(f"\nThe losses in the course of training are drawn in {options.out / PLOT}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         run(options)
     except UnusableInputError as error:

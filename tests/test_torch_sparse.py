@@ -426,7 +426,7 @@ def test_only_state_of_a_failed_first_step_is_removed(rng):
     assert optimizer.state[params[0]]["step"] == 1.0
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CS[CR] tensor support:UserWarning")
 @pytest.mark.parametrize("convert", ["to_sparse_csr", "to_sparse_csc"])
 def test_other_sparse_layouts_are_refused(rng, convert):
     w = parameter(rng, (5, 2))

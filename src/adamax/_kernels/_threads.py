@@ -66,17 +66,24 @@ def run(task: Callable[[], None], threads: int) -> None:
         return
     job = _Job(task)
     try:
+        try:
+            _call_helpers(job, threads - 1)
+            task()
+        finally:
+            job.close()
+    finally:
+        job.close()  # again, since an interrupt may have come between
+
+
+def _call_helpers(job: "_Job", count: int) -> None:
+    try:
         pool = _shared_pool()
-        for _ in range(threads - 1):
+        for _ in range(count):
             pool.submit(job.help)
     except RuntimeError:
         # The interpreter is shutting down or no thread can be started: the caller's own
         # thread does all of the work.
         pass
-    try:
-        task()
-    finally:
-        job.close()
 
 
 class _Job:
