@@ -7,10 +7,12 @@ parallel back ends: those abort the process when two threads enter them at once
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 _MOST_THREADS = 256
+_SECONDS_BETWEEN_LOOKS = 1e-5
 
 _num_threads: int | None = None
 _pool: ThreadPoolExecutor | None = None
@@ -91,13 +93,14 @@ class _Job:
 
     def __init__(self, task: Callable[[], None]) -> None:
         self._task = task
-        self._changed = threading.Condition()
+        # A plain lock: an interrupt inside a Condition could leave it locked for good.
+        self._lock = threading.Lock()
         self._running = 0
         self._closed = False
         self._error: BaseException | None = None
 
     def help(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._running += 1
@@ -106,23 +109,17 @@ class _Job:
         except BaseException as error:
             self._error = error
         finally:
-            with self._changed:
+            with self._lock:
                 self._running -= 1
-                self._changed.notify_all()
 
     def close(self) -> None:
-        interruption: KeyboardInterrupt | None = None
-        while True:
-            try:
-                with self._changed:
-                    self._closed = True
-                    self._changed.wait_for(lambda: self._running == 0)
-                break
-            except KeyboardInterrupt as error:
-                interruption = error
-        failure = interruption or self._error
-        if failure is not None:
-            raise failure
+        """Let no more helpers join, and wait for those that have."""
+        with self._lock:
+            self._closed = True
+        while self._running:  # they end when the caller does, within one piece of work
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if self._error is not None:
+            raise self._error
 
 
 def _shared_pool() -> ThreadPoolExecutor:
