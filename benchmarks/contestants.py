@@ -254,8 +254,11 @@ assert not np.delete(table, [5, 7], axis=0).any()
         self._directory = directory
 
     def take(self, draw: Path) -> None:
-        cache = {"NUMBA_CACHE_DIR": str(draw / self._directory)}
-        self._environment = {**os.environ, **cache}
+        self._environment = {
+            **os.environ,
+            "NUMBA_CACHE_DIR": str(draw / self._directory),
+            "PYTHONDONTWRITEBYTECODE": "",  # an installation has bytecode
+        }
 
     def step(self) -> None:
         subprocess.run(self._command, env=self._environment, check=True)
