@@ -3,8 +3,9 @@
 import gc
 import multiprocessing
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -18,9 +19,10 @@ from .workloads import Array, Work
 THREADS = 2
 
 # The idle threads of one contestant (OpenMP's, TensorFlow's) spin for a while, on a core
-# that the next one needs. Until they sleep the harness stays busy, as training would be,
-# since a core that slept starts slowly.
+# that the next one needs. Until they sleep the harness keeps all cores busy, as training
+# would, since a core that slept starts slowly.
 _SECONDS_TO_SETTLE = 0.01
+_FILLER = bytes(8192)  # little, not to replace what the caches hold
 
 Samples: TypeAlias = Mapping[str, Array]  # of each contestant, one for each round
 
@@ -196,6 +198,7 @@ def _measure(case: Case) -> tuple[Samples, Mapping[str, float]]:
     entries = [contestant.make(contestant.work) for contestant in case.contestants]
     measures = [contestant.meter.start() for contestant in case.contestants]
     samples: dict[str, list[float]] = {c.name: [] for c in case.contestants}
+    executor = ThreadPoolExecutor(THREADS)
     gc.freeze()
     gc.disable()
     for number in range(-case.warm_ups, case.rounds):
@@ -210,7 +213,7 @@ def _measure(case: Case) -> tuple[Samples, Mapping[str, float]]:
             entry.take(first[contestant.work])
             entry.step()
             entry.take(second[contestant.work])
-            _stay_busy(_SECONDS_TO_SETTLE)
+            _keep_cores_busy(executor, _SECONDS_TO_SETTLE)
             sample = measure(entry.step)
             if number >= 0:
                 samples[contestant.name].append(sample)
@@ -229,7 +232,11 @@ def _load_and_compile(toy: Case) -> None:
         entry.step()
 
 
-def _stay_busy(seconds: float) -> None:
+def _keep_cores_busy(executor: ThreadPoolExecutor, seconds: float) -> None:
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+
+    def task(_: int) -> None:
+        while time.perf_counter() < end:
+            zlib.crc32(_FILLER)  # without the GIL
+
+    list(executor.map(task, range(THREADS)))

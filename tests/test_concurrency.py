@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,21 +155,20 @@ print(started, threading.active_count() - before)
     [("1", 1), ("3", 3), ("3,2", 3), (" 2 ", 2), ("100000", 256)],
 )
 def test_the_environment_says_how_many_threads(monkeypatch, variable, expected):
-    monkeypatch.setattr(_threads, "_num_threads", None)
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    assert get_num_threads() == expected
+    assert _threads._default_num_threads.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("variable", [None, "", "0", "-1", "two", "1.5"])
 def test_without_it_there_is_a_thread_for_each_cpu(monkeypatch, variable):
-    monkeypatch.setattr(_threads, "_num_threads", None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    actual = _threads._default_num_threads.__wrapped__()
     if hasattr(os, "sched_getaffinity"):
-        assert get_num_threads() == min(len(os.sched_getaffinity(0)), 256)
+        assert actual == min(len(os.sched_getaffinity(0)), 256)
     else:
-        assert get_num_threads() == min(os.cpu_count() or 1, 256)
+        assert actual == min(os.cpu_count() or 1, 256)
 
 
 @pytest.mark.parametrize(
@@ -213,42 +213,84 @@ def interrupted(count):
         if arrived == count:
             return
     raise AssertionError(arrived)
-
-first = taken(0), taken(1)
-interrupted(120)
-print(*first)
-print(taken(0), taken(1))
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers of POSIX")
+interrupts = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="needs timers of POSIX"
+)
+
+
+@interrupts
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_interrupts_leave_the_process_healthy(expected, run_python, threads):
-    printed = run_python(STEPS + INTERRUPTED, OMP_NUM_THREADS=threads)
+    program = (
+        "first = taken(0), taken(1)\ninterrupted(120)\nprint(*first, taken(0), taken(1))\n"
+    )
+    printed = run_python(STEPS + INTERRUPTED + program, OMP_NUM_THREADS=threads)
     assert printed.split() == expected * 2
+
+
+@interrupts
+def test_interrupts_while_code_is_compiled_leave_it_whole(
+    expected_float32, run_python, tmp_path
+):
+    # Imports that an interrupt ends in the middle are not ours to mend.
+    program = (
+        "from adamax._kernels import kernels\n"
+        "kernels()\n"
+        "interrupted(20)\n"
+        "print(taken(0, dtypes=['float32']))\n"
+    )
+    cache = str(tmp_path / "cache")
+    printed = run_python(STEPS + INTERRUPTED + program, NUMBA_CACHE_DIR=cache)
+    assert printed == expected_float32[0]
 
 
 class Watched:
     """A task that knows whether helpers are at it, and whether any came too late."""
 
     def __init__(self):
-        self._caller = threading.get_ident()
         self._helped = threading.Event()
-        self._lock = threading.Lock()
+        self._change = threading.Condition()
+        self._closed = False
         self.working = self.late = 0
         self.returned = False
 
-    def __call__(self):
-        if threading.get_ident() == self._caller:
-            assert self._helped.wait(timeout=60)
-            return
-        with self._lock:
+    def work(self):
+        assert self._helped.wait(timeout=60)
+
+    def help(self):
+        with self._change:
+            if self._closed:
+                return
             self.working += 1
             self.late += self.returned
         self._helped.set()
         threading.Event().wait(timeout=0.05)  # as long as a step may take
-        with self._lock:
+        with self._change:
             self.working -= 1
+            self._change.notify_all()
+
+    def close(self):
+        with self._change:
+            self._closed = True
+            assert self._change.wait_for(lambda: not self.working, timeout=60)
+
+
+class Together:
+    """A task that all threads must be at to end."""
+
+    def __init__(self, threads):
+        self._barrier = threading.Barrier(threads)
+
+    def work(self):
+        self._barrier.wait(timeout=60)
+
+    help = work
+
+    def close(self):
+        pass
 
 
 def _run_with_an_interrupt(task, at):
@@ -292,24 +334,46 @@ def test_an_interrupt_at_any_line_waits_for_the_helpers():
         tasks[-1].returned = True
         assert tasks[-1].working == 0, f"interrupt at line {at}"
     # Helpers that nobody waited for have had their turn when these have.
-    together = threading.Barrier(3)
-    _threads.run(lambda: together.wait(timeout=60), 3)
+    _threads.run(Together(3), 3)
     assert not any(task.late for task in tasks)
 
 
 def test_an_error_of_a_helper_reaches_the_caller():
-    main = threading.get_ident()
-    helped = threading.Event()
+    class Broken(Together):
+        def help(self):
+            try:
+                raise ZeroDivisionError("in a helper")
+            finally:
+                super().help()
 
-    def task():
-        if threading.get_ident() == main:
-            assert helped.wait(timeout=60)
-            return
-        helped.set()
-        raise ZeroDivisionError("in a helper")
+        def close(self):
+            time.sleep(0.05)  # a helper that raises is not waited for
 
     with pytest.raises(ZeroDivisionError, match="in a helper"):
-        _threads.run(task, 2)
+        _threads.run(Broken(2), 2)
+    _threads.run(Together(2), 2)  # the helper has survived
+
+
+def test_helpers_end_with_the_thread_they_help():
+    def alive():
+        return sum(thread.name == "adamax" for thread in threading.enumerate())
+
+    before = alive()
+    during = []
+
+    def caller():
+        _threads.run(Together(4), 4)
+        during.append(alive())
+
+    for _ in range(3):
+        thread = threading.Thread(target=caller)
+        thread.start()
+        thread.join()
+    assert min(during) >= before + 3
+    deadline = time.monotonic() + 60
+    while alive() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive() == before
 
 
 # --- Forks --------------------------------------------------------------------------------
@@ -322,13 +386,14 @@ fork_beside_threads = pytest.mark.filterwarnings(
 
 
 def _begun_in_a_fork(seed):
-    """The child's process id, and where it writes its digest."""
+    """The child's process id, and where it writes its digest and number of threads."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:  # no test code may go on in the child
         try:
             signal.alarm(120)
-            os.write(writing, taken(seed).encode())
+            digest = taken(seed)
+            os.write(writing, f"{digest} {threading.active_count()}".encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -337,8 +402,9 @@ def _begun_in_a_fork(seed):
 
 def _ended(child, result):
     with result:
-        digest = result.read()
+        digest, threads = result.read().split()
     assert os.waitpid(child, 0)[1] == 0
+    assert int(threads) > 1  # of its own, as those of the parent are not in the child
     return digest
 
 

@@ -395,13 +395,14 @@ def test_square_sums_of_nothing(verbs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_rows_square_sum_is_that_of_the_summed_gradient(verbs, rng, dtype, pattern):
-    indices = PATTERNS[pattern](rng, 50)
-    # Multiples of 1/8 whose sums are exact.
-    gradient = rng.integers(-16, 17, size=(indices.size, 7)) / 8
+@pytest.mark.parametrize("table", [(50, 7), LARGE_TABLE], ids=["small", "large"])
+def test_rows_square_sum_is_that_of_the_summed_gradient(verbs, rng, dtype, pattern, table):
+    indices = PATTERNS[pattern](rng, table[0])
+    # Small multiples of 1/8, whose sums and squares are exact in all that adds them up.
+    gradient = rng.integers(-16, 17, size=(indices.size, table[1])) / 8
     gradient = gradient.astype(PRECISION[dtype].dtype)
     copy = gradient.copy()
-    actual = rows_square_sum(verbs, dtype, gradient, indices, 50)
+    actual = rows_square_sum(verbs, dtype, gradient, indices, table[0], threads=2)
     assert actual == oracle.square_sum(oracle.Rows(gradient, indices))
     assert_same_bits(gradient, copy)
 

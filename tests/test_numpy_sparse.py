@@ -380,3 +380,66 @@ def test_a_step_allocates_nothing_of_the_size_of_the_table():
         tracemalloc.stop()
     assert peak < 1_000_000
     assert np.count_nonzero(w[::40_000]) == 800
+
+
+# --- Dense and sparse in one step ---------------------------------------------------------
+
+
+def _mixed_model(rng, dtype):
+    return [values(rng, shape, dtype) for shape in ((5,), (20, 3), (7, 2), (30, 4))]
+
+
+def _mixed_gradients(rng, dtype, sparse):
+    gradients = []
+    for position, shape in enumerate([(5,), (20, 3), (7, 2), (30, 4)]):
+        if position in sparse:
+            indices = rng.integers(shape[0], size=6)
+            rows = values(rng, (6, *shape[1:]), dtype)
+            gradients.append(IndexedSlices(rows, indices))
+        else:
+            gradients.append(values(rng, shape, dtype))
+    return gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "chosen", [{}, {"global_clipnorm": 1.0}, {"clipnorm": 0.5}], ids=str
+)
+def test_dense_and_sparse_gradients_may_be_mixed_and_change_places(rng, dtype, chosen):
+    """The same arrays in several steps, and others: all that a step may know of the last."""
+    sparse = [{1, 3}, {1, 3}, {3, 1}, {1}, {1}, {0, 1}, set(), set(), {1, 3}, {0, 1, 2, 3}]
+    gradients = [_mixed_gradients(rng, dtype, places) for places in sparse]
+    model = _mixed_model(rng, dtype)
+    follow(Adamax(**chosen), oracle.Rule(**chosen), model, gradients)
+
+
+def test_a_parameter_may_not_be_both_dense_and_sparse_in_one_step(rng):
+    model, optimizer = _mixed_model(rng, "float32"), Adamax()
+    for _ in range(2):
+        gradients = _mixed_gradients(rng, "float32", {1, 3})
+        optimizer.apply_gradients(zip(gradients, model, strict=True))
+    before = contents(optimizer, [w.copy() for w in model])
+    gradients = _mixed_gradients(rng, "float32", {1, 3})
+    twice = IndexedSlices(values(rng, (1, 2), "float32"), [4]), model[2]
+    with pytest.raises(ValueError, match=r"^parameter '2' occurs more than once$"):
+        optimizer.apply_gradients([*zip(gradients, model, strict=True), twice])
+    assert_same_contents(contents(optimizer, model), before)
+
+
+def test_a_sparse_gradient_may_be_a_view_of_any_parameter(rng):
+    """Read as it was before the step, whichever comes first."""
+    model = [values(rng, (6, 4), "float32") for _ in range(2)]
+    expected = [w.copy() for w in model]
+    optimizer, reference = Adamax(0.1), Adamax(0.1)
+    for _ in range(3):
+        indices = np.array([4, 0, 4])
+        reference.apply_gradients(
+            [
+                (expected[1].copy(), expected[0]),
+                (IndexedSlices(expected[0][:3].copy(), indices), expected[1]),
+            ]
+        )
+        optimizer.apply_gradients(
+            [(model[1], model[0]), (IndexedSlices(model[0][:3], indices), model[1])]
+        )
+    assert_same_contents(contents(optimizer, model), contents(reference, expected))

@@ -6,19 +6,19 @@ Everything here that can fail fails before anything is written.
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ._kernels import Float64Array, Int64Array, Storage, kernels, state_dtype
+from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels, state_dtype
 from ._kernels._memory import Ranges
 from ._rule import Coefficients, Hyperparameters, clip_factor
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-@runtime_checkable
 class SparseGradient(Protocol):
     """Anything with ``values`` and ``indices``: ``IndexedSlices``, TensorFlow's too."""
 
@@ -38,7 +38,6 @@ class Variable:
     m: Array
     u: Array
     addresses: tuple[int, int, int]  # of the parameter, m and u
-    sizes: tuple[int, int, int]  # in bytes
 
     def __init__(self, parameter: Array, name: str) -> None:
         if not isinstance(parameter, np.ndarray):
@@ -87,8 +86,8 @@ class Variable:
     def hold(self, m: Array, u: Array) -> None:
         """Take ``m`` and ``u`` as the state."""
         self.m, self.u = m, u
-        self.addresses = (_address(self.parameter), _address(m), _address(u))
-        self.sizes = (self.parameter.nbytes, m.nbytes, u.nbytes)
+        w, address = self.parameter, kernels().array_address
+        self.addresses = (address(w), address(m), address(u))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied_variable, (self.parameter, self.name, self.m, self.u)
@@ -109,22 +108,25 @@ class Update:
     parameter itself, because it is not contiguous, aligned and of the native byte order.
     """
 
-    __slots__ = ("address", "gradient", "variable", "work")
+    __slots__ = ("address", "gradient", "position", "variable", "work")
 
-    gradient: Array
     address: int  # of the gradient
 
-    def __init__(self, gradient: Array, variable: Variable) -> None:
-        self.variable = variable
-        self.work: tuple[Array, ...] = ()
-        self.take(gradient)
-
-    def take(self, gradient: Array) -> None:
+    def __init__(self, gradient: Array, variable: Variable, position: int) -> None:
         self.gradient = gradient
-        self.address = _address(gradient)
+        self.variable = variable
+        self.position = position  # among the pairs of the step
+        self.work: tuple[Array, ...] = ()
 
-    def prepare(self) -> None:
-        """Make the copies in ``work``, if any; the state has been allocated."""
+    def prepare(self, written: Ranges) -> None:
+        """Make the copies that are needed, if any; the state has been allocated.
+
+        ``written`` is the memory that steps write, of which a gradient may be a view.
+        """
+        self.address = kernels().array_address(self.gradient)
+        if written.overlap_one(self.address, self.gradient.nbytes):
+            self.gradient = self.gradient.copy(order="K")
+            self.address = kernels().array_address(self.gradient)
 
     def finish(self) -> None:
         """Copy ``work`` back."""
@@ -132,12 +134,7 @@ class Update:
     def addresses(self) -> tuple[int, ...]:
         """Of ``w``, ``m``, ``u`` and the gradient."""
         in_place = self.variable.addresses[len(self.work) :]
-        return *map(_address, self.work), *in_place, self.address
-
-    def sizes(self) -> tuple[int, ...]:
-        """Of the memory at :meth:`addresses`, in bytes."""
-        in_place = self.variable.sizes[len(self.work) :]
-        return *(array.nbytes for array in self.work), *in_place, self.gradient.nbytes
+        return *map(kernels().array_address, self.work), *in_place, self.address
 
 
 class DenseUpdate(Update):
@@ -145,20 +142,18 @@ class DenseUpdate(Update):
 
     __slots__ = ()
 
-    def __init__(self, gradient: Any, variable: Variable) -> None:
+    def __init__(self, gradient: Any, variable: Variable, position: int) -> None:
         gradient = _as_array(gradient, variable)
         if gradient.shape != variable.shape:
             raise ValueError(
                 f"the gradient of parameter {variable.name!r} must have the shape "
                 f"{variable.shape}, got {gradient.shape}"
             )
-        flags = gradient.flags
-        in_order = flags.c_contiguous if variable.order == "C" else flags.f_contiguous
-        if gradient.dtype != variable.native_dtype or not in_order or not flags.aligned:
-            gradient = _converted(gradient, variable.native_dtype, variable.order)
-        super().__init__(gradient, variable)
+        gradient = _converted(gradient, variable.native_dtype, variable.order)
+        super().__init__(gradient, variable, position)
 
-    def prepare(self) -> None:
+    def prepare(self, written: Ranges) -> None:
+        super().prepare(written)
         variable = self.variable
         if not variable.direct:
             self.work = (
@@ -175,7 +170,7 @@ class RowsUpdate(Update):
 
     __slots__ = ("groups", "row_length", "rows")
 
-    def __init__(self, gradient: SparseGradient, variable: Variable) -> None:
+    def __init__(self, gradient: SparseGradient, variable: Variable, position: int) -> None:
         shape, name = variable.shape, variable.name
         if not shape:
             raise ValueError(f"parameter {name!r} has no rows, but its gradient is sparse")
@@ -193,7 +188,8 @@ class RowsUpdate(Update):
                 f"the dense_shape of the gradient of parameter {name!r} must be {shape}, "
                 f"got {tuple(np.asarray(dense_shape).tolist())}"
             )
-        super().__init__(_converted(values, variable.native_dtype, "C"), variable)
+        values = _converted(values, variable.native_dtype, "C")
+        super().__init__(values, variable, position)
         self.row_length = math.prod(shape[1:])
         try:
             self.groups = kernels().group_rows(indices, shape[0])
@@ -207,7 +203,8 @@ class RowsUpdate(Update):
                 numbered.astype(np.int64, copy=False), self.rows.size
             )
 
-    def prepare(self) -> None:
+    def prepare(self, written: Ranges) -> None:
+        super().prepare(written)
         if self.rows is not None:
             variable = self.variable
             self.work = (
@@ -223,12 +220,100 @@ class RowsUpdate(Update):
             for target, rows in zip(targets, self.work, strict=True):
                 target[self.rows] = rows
 
+    @property
+    def positions(self) -> int:
+        return self.position
 
-def update_of(gradient: Any, variable: Variable) -> Update:
-    """What ``gradient`` asks for, checked."""
-    if _is_sparse(gradient):
-        return RowsUpdate(gradient, variable)
-    return DenseUpdate(gradient, variable)
+    def square_sums(self, threads: int) -> float:
+        return kernels().rows_square_sum(
+            self.variable.storage,
+            self.groups,
+            self.address,
+            self.row_length,
+            threads,
+        )
+
+    def launch(
+        self,
+        step_size: float,
+        decay: float,
+        scales: Float64Array,
+        coefficients: Coefficients,
+        threads: int,
+    ) -> None:
+        kernels().rows_step(
+            self.variable.storage,
+            self.groups,
+            np.array(self.addresses(), np.int64),
+            self.row_length,
+            np.array([step_size, decay, scales[self.position], 0.0]),  # see Factor
+            coefficients,
+            threads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLaunch:
+    """One step of many whole parameters of one dtype."""
+
+    positions: Sequence[int] | slice  # among the pairs of the step
+    storage: Storage
+    addresses: Int64Array  # of w, m, u and g
+    lengths: Int64Array
+
+    @classmethod
+    def of(cls, updates: Sequence[DenseUpdate]) -> "DenseLaunch":
+        return cls(
+            [update.position for update in updates],
+            updates[0].variable.storage,
+            np.array([update.addresses() for update in updates], np.int64),
+            np.array([update.gradient.size for update in updates], np.int64),
+        )
+
+    def square_sums(self, threads: int) -> Float64Array:
+        read = self.addresses[:, 3].copy()
+        return kernels().dense_square_sums(self.storage, read, self.lengths, threads)
+
+    def launch(
+        self,
+        step_size: float,
+        decay: float,
+        scales: Float64Array,
+        coefficients: Coefficients,
+        threads: int,
+    ) -> None:
+        factors = np.zeros((len(self.lengths), len(Factor)))
+        factors[:, Factor.STEP_SIZE] = step_size
+        factors[:, Factor.DECAY] = decay
+        factors[:, Factor.SCALE] = scales[self.positions]
+        kernels().dense_step(
+            self.storage, self.addresses, self.lengths, factors, coefficients, threads
+        )
+
+
+def prepared(updates: Sequence[Update], written: Ranges) -> list[DenseLaunch | RowsUpdate]:
+    """The launches for ``updates``; all memory that they need has been allocated."""
+    dense: dict[Storage, list[DenseUpdate]] = {}
+    launches: list[DenseLaunch | RowsUpdate] = []
+    for update in updates:
+        update.prepare(written)
+        if isinstance(update, DenseUpdate):
+            dense.setdefault(update.variable.storage, []).append(update)
+        elif isinstance(update, RowsUpdate):
+            launches.append(update)
+    return [*map(DenseLaunch.of, dense.values()), *launches]
+
+
+def written_by_steps(variables: Iterable[Variable]) -> Ranges:
+    """The memory that steps of ``variables`` write while they read gradients."""
+    ranges = [
+        (address, array.nbytes)
+        for v in variables
+        for array, address in zip((v.parameter, v.m, v.u), v.addresses, strict=True)
+        if v.direct or array is not v.parameter  # else kernels write to a copy
+    ]
+    starts, sizes = np.array(ranges, np.int64).reshape(-1, 2).T
+    return Ranges(starts, sizes)
 
 
 def check_disjoint(known: Iterable[Variable], fresh: Sequence[Variable]) -> None:
@@ -248,10 +333,12 @@ def check_disjoint(known: Iterable[Variable], fresh: Sequence[Variable]) -> None
         open_spans.append((start, end, variable))
 
 
-def _is_sparse(gradient: Any) -> bool:
-    if type(gradient) is np.ndarray or not isinstance(gradient, SparseGradient):
+def is_sparse(gradient: Any) -> bool:
+    """Whether ``gradient`` is a :class:`SparseGradient`."""
+    if type(gradient) is np.ndarray or not hasattr(gradient, "indices"):
         return False
-    return not callable(gradient.values)  # a method of dense tensors of torch too
+    # Dense tensors of torch have methods of these names.
+    return not callable(getattr(gradient, "values", callable))
 
 
 class KnownBatch:
@@ -261,159 +348,63 @@ class KnownBatch:
     """
 
     def __init__(self, updates: Sequence[Update] = ()) -> None:
-        storages = {update.variable.storage for update in updates}
-        usable = len(storages) == 1 and all(
-            isinstance(update, DenseUpdate) and update.variable.direct for update in updates
-        )
-        variables = [update.variable for update in updates] if usable else []
+        dense = [update for update in updates if isinstance(update, DenseUpdate)]
+        storages = {update.variable.storage for update in dense}
+        usable = len(storages) == 1 and all(update.variable.direct for update in dense)
+        variables = [update.variable for update in dense] if usable else []
         self._parameters = [variable.parameter for variable in variables]
-        self._shapes = [variable.shape for variable in variables]
-        self._strides = [variable.parameter.strides for variable in variables]
+        self._ids = set(map(id, self._parameters))
         if variables:
             self._storage = variables[0].storage
-            self._dtype = variables[0].dtype
-            self._written = np.array([v.addresses for v in variables], np.int64)
-            sizes = np.array([v.sizes for v in variables], np.int64)
-            self._ranges = Ranges(self._written.ravel(), sizes.ravel())
-            self._gradient_sizes = sizes[:, 0].copy()
-            self._lengths = self._gradient_sizes // self._dtype.itemsize
+            self._layouts = kernels().array_layouts(self._parameters)
+            self._state = np.array([v.addresses[1:] for v in variables], np.int64)
+            self._sizes = np.array([p.nbytes for p in self._parameters], np.int64)
+            self._lengths = self._sizes // self._storage.itemsize
 
-    def addresses(
-        self, gradients: Sequence[Any], parameters: Sequence[Any]
-    ) -> Int64Array | None:
-        """Of w, m, u and g; None if anything is not as it was, or needs a copy."""
-        count = len(self._parameters)
-        if not (
-            count == len(parameters) > 0
-            and all(map(operator.is_, parameters, self._parameters))
-            and set(map(type, gradients)) == {np.ndarray}
-            and all([parameter.flags.writeable for parameter in parameters])  # noqa: C419
-            and [parameter.shape for parameter in parameters] == self._shapes
-            and [parameter.strides for parameter in parameters] == self._strides
-            and [parameter.dtype for parameter in parameters].count(self._dtype) == count
-            and [gradient.shape for gradient in gradients] == self._shapes
-            and [gradient.strides for gradient in gradients] == self._strides
-            and [gradient.dtype for gradient in gradients].count(self._dtype) == count
-        ):
-            return None
-        read = kernels().array_addresses(gradients)
-        if (read % self._dtype.alignment).any():
-            return None
-        if self._ranges.overlap(read, self._gradient_sizes).any():
-            return None
-        return np.column_stack([self._written, read])
-
-    def clip_factors(
-        self, addresses: Int64Array, hyperparameters: Hyperparameters, threads: int
-    ) -> Float64Array:
-        if not _clips_norms(hyperparameters):
-            return np.ones(len(addresses))
-        read = addresses[:, 3].copy()
-        sums = kernels().dense_square_sums(self._storage, read, self._lengths, threads)
-        return _clip_factors_of(sums, hyperparameters)
+    def holds(self, parameters: Iterable[Any]) -> bool:
+        """Whether any of ``parameters`` is one of these."""
+        return not self._ids.isdisjoint(map(id, parameters))
 
     def launch(
         self,
-        addresses: Int64Array,
-        factors: Float64Array,
-        coefficients: Coefficients,
-        threads: int,
-    ) -> None:
-        kernels().dense_step(
-            self._storage, addresses, self._lengths, factors, coefficients, threads
-        )
+        gradients: Sequence[Any],
+        parameters: Sequence[Any],
+        positions: Sequence[int] | slice,
+        written: Ranges,
+    ) -> DenseLaunch | None:
+        """None if anything is not as it was, or needs a copy."""
+        if not (
+            len(self._parameters) == len(parameters) > 0
+            and all(map(operator.is_, parameters, self._parameters))
+        ):
+            return None
+        find = kernels().find_arrays
+        own = find(self._layouts, parameters, writeable=True)
+        read = find(self._layouts, gradients, writeable=False)
+        if own is None or read is None or written.overlap(read, self._sizes).any():
+            return None
+        addresses = np.column_stack([own, self._state, read])
+        return DenseLaunch(positions, self._storage, addresses, self._lengths)
 
 
 def clip_factors(
-    updates: Sequence[Update], hyperparameters: Hyperparameters, threads: int
-) -> Float64Array:
-    """What each gradient is multiplied by for ``clipnorm`` or ``global_clipnorm``."""
-    if not _clips_norms(hyperparameters):
-        return np.ones(len(updates))
-    return _clip_factors_of(_square_sums(updates, threads), hyperparameters)
-
-
-def _clips_norms(hyperparameters: Hyperparameters) -> bool:
-    given = (hyperparameters.clipnorm, hyperparameters.global_clipnorm)
-    return given != (None, None)
-
-
-def _clip_factors_of(
-    square_sums: Float64Array, hyperparameters: Hyperparameters
-) -> Float64Array:
-    if (limit := hyperparameters.global_clipnorm) is not None:
-        factor = clip_factor(math.sqrt(square_sums.sum()), limit)
-        return np.full(len(square_sums), factor)
-    limit = hyperparameters.clipnorm or math.inf
-    return np.array([clip_factor(math.sqrt(s), limit) for s in square_sums.tolist()])
-
-
-def launch(
-    updates: Sequence[Update],
-    factors: Float64Array,
-    coefficients: Coefficients,
+    launches: Iterable[DenseLaunch | RowsUpdate],
+    count: int,
+    hyperparameters: Hyperparameters,
     threads: int,
-) -> None:
-    """Run the kernels: one launch for all dense updates of a dtype, one for each table."""
-    for update in updates:
-        update.prepare()
-    addresses = np.array([update.addresses() for update in updates], np.int64)
-    _protect_gradients(updates, addresses)
-    for storage, chosen in _dense_by_storage(updates):
-        lengths = np.array([updates[i].gradient.size for i in chosen], np.int64)
-        kernels().dense_step(
-            storage, addresses[chosen], lengths, factors[chosen], coefficients, threads
-        )
-    for index, update in enumerate(updates):
-        if isinstance(update, RowsUpdate):
-            kernels().rows_step(
-                update.variable.storage,
-                update.groups,
-                addresses[index],
-                update.row_length,
-                factors[index],
-                coefficients,
-                threads,
-            )
-    for update in updates:
-        update.finish()
-
-
-def _protect_gradients(updates: Sequence[Update], addresses: Int64Array) -> None:
-    """Copy the gradients that lie in memory the step writes, such as a view of it."""
-    sizes = np.array([update.sizes() for update in updates], np.int64)
-    written = Ranges(addresses[:, :3].ravel(), sizes[:, :3].ravel())
-    inside = written.overlap(addresses[:, 3], sizes[:, 3])
-    for index in np.flatnonzero(inside).tolist():
-        update = updates[index]
-        update.take(update.gradient.copy(order="K"))
-        addresses[index, 3] = update.address
-
-
-def _square_sums(updates: Sequence[Update], threads: int) -> Float64Array:
-    sums = np.empty(len(updates))
-    for storage, chosen in _dense_by_storage(updates):
-        addresses = np.array([updates[i].address for i in chosen], np.int64)
-        lengths = np.array([updates[i].gradient.size for i in chosen], np.int64)
-        sums[chosen] = kernels().dense_square_sums(storage, addresses, lengths, threads)
-    for index, update in enumerate(updates):
-        if isinstance(update, RowsUpdate):
-            sums[index] = kernels().rows_square_sum(
-                update.variable.storage,
-                update.groups,
-                update.address,
-                update.row_length,
-                threads,
-            )
-    return sums
-
-
-def _dense_by_storage(updates: Sequence[Update]) -> list[tuple[Storage, list[int]]]:
-    chosen: dict[Storage, list[int]] = {}
-    for index, update in enumerate(updates):
-        if isinstance(update, DenseUpdate):
-            chosen.setdefault(update.variable.storage, []).append(index)
-    return list(chosen.items())
+) -> Float64Array:
+    """What each of ``count`` gradients is multiplied by, so that norms are in bounds."""
+    clipnorm, global_clipnorm = hyperparameters.clipnorm, hyperparameters.global_clipnorm
+    if clipnorm is None and global_clipnorm is None:
+        return np.ones(count)
+    square_sums = np.empty(count)
+    for part in launches:
+        square_sums[part.positions] = part.square_sums(threads)
+    if global_clipnorm is not None:
+        factor = clip_factor(math.sqrt(square_sums.sum()), global_clipnorm)
+        return np.full(count, factor)
+    limit = clipnorm or math.inf
+    return np.array([clip_factor(math.sqrt(s), limit) for s in square_sums.tolist()])
 
 
 def _as_array(gradient: Any, variable: Variable) -> Array:
@@ -456,11 +447,11 @@ def _checked_indices(
 
 def _converted(array: Array, dtype: np.dtype[Any], order: Literal["C", "F"]) -> Array:
     """``array`` itself if the kernels can work on it, else a copy that they can."""
+    flags = array.flags
+    in_order = flags.c_contiguous if order == "C" else flags.f_contiguous
+    if array.dtype == dtype and in_order and flags.aligned:
+        return array
     return np.require(array, dtype, [order, "A"])
-
-
-def _address(array: Array) -> int:
-    return array.ctypes.data
 
 
 def _span(array: Array) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def checked_number(hyperparameter: str, value: object, name: str | None = None) 
         ValueError: it is outside the interval the hyperparameter is defined on, or NaN.
     """
     name = name or hyperparameter
-    number = _real_number(value)
+    number = value if type(value) is float else _real_number(value)
     if number is None:
         raise TypeError(f"{name} must be a real number, got {value!r}")
     interval = _INTERVALS[hyperparameter]

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -12,16 +14,21 @@ import numpy.typing as npt
 from . import _rule
 from ._arrays import (
     Array,
+    DenseLaunch,
+    DenseUpdate,
     KnownBatch,
+    RowsUpdate,
     SparseGradient,
+    Update,
     Variable,
     check_disjoint,
     clip_factors,
-    launch,
-    update_of,
+    is_sparse,
+    prepared,
+    written_by_steps,
 )
 from ._checkpoint import StateFiles, copy_in_pieces, read_tensors, write_tensors
-from ._kernels import Factor, get_num_threads
+from ._kernels import get_num_threads
 from ._rule import Coefficients, Hyperparameters, LearningRate
 from ._schedules import schedule_from_config, schedule_to_config
 
@@ -159,6 +166,7 @@ class Adamax:
         self._iterations = 0
         self._state_dir = None if state_dir is None else Path(state_dir)
         self._variables: dict[int, Variable] = {}  # by id of the array, in order
+        self._written = written_by_steps(())
         self._known = KnownBatch()
 
     # --- Stepping ----------------------------------------------------------------------
@@ -194,36 +202,55 @@ class Adamax:
         learning_rate = _rule.learning_rate_at(
             hyperparameters.learning_rate, self._iterations
         )
-        pairs = [pair for pair in _pairs(grads_and_vars) if pair[0] is not None]
-        if not pairs:
-            raise ValueError(
-                "grads_and_vars must hold at least one gradient that is not None"
-            )
-        gradients, parameters = zip(*pairs, strict=True)
-        factors = np.zeros((len(pairs), len(Factor)))
-        factors[:, Factor.STEP_SIZE] = _rule.step_size(
+        gradients, parameters = _split(grads_and_vars)
+        coefficients, threads = Coefficients.of(hyperparameters), get_num_threads()
+        launches, updates = self._prepared(gradients, parameters)
+        step_size = _rule.step_size(
             learning_rate, hyperparameters.beta_1, self._iterations + 1
         )
-        factors[:, Factor.DECAY] = _rule.decay_factor(
-            learning_rate, hyperparameters.weight_decay
-        )
-        coefficients, threads = Coefficients.of(hyperparameters), get_num_threads()
-        known = self._known
-        addresses = known.addresses(gradients, parameters)
-        if addresses is not None:
-            factors[:, Factor.SCALE] = known.clip_factors(
-                addresses, hyperparameters, threads
-            )
-            known.launch(addresses, factors, coefficients, threads)
-        else:
-            variables = self._checked_variables(parameters)
-            updates = list(map(update_of, gradients, variables))
-            self._adopt(variables)
-            factors[:, Factor.SCALE] = clip_factors(updates, hyperparameters, threads)
-            launch(updates, factors, coefficients, threads)
-            self._known = KnownBatch(updates)
+        decay = _rule.decay_factor(learning_rate, hyperparameters.weight_decay)
+        scales = clip_factors(launches, len(parameters), hyperparameters, threads)
+        for part in launches:
+            part.launch(step_size, decay, scales, coefficients, threads)
+        for update in updates:
+            update.finish()
         self._iterations += 1
         return self._iterations
+
+    def _prepared(
+        self, gradients: Sequence[Any], parameters: Sequence[Array]
+    ) -> tuple[Sequence[DenseLaunch | RowsUpdate], Sequence[Update]]:
+        """The launches of a step, and the updates to finish when they are done.
+
+        All that can fail, fails here.
+        """
+        if set(map(type, gradients)) == {np.ndarray}:
+            known = self._known.launch(gradients, parameters, slice(None), self._written)
+            if known is not None:
+                return [known], []
+        sparse = list(map(is_sparse, gradients))
+        dense = [position for position, rows in enumerate(sparse) if not rows]
+        examined: Sequence[int] = list(compress(range(len(sparse)), sparse))
+        known = self._known.launch(
+            [gradients[i] for i in dense],
+            [parameters[i] for i in dense],
+            dense,
+            self._written,
+        )
+        if known is None or self._known.holds(parameters[i] for i in examined):
+            known, examined = None, range(len(parameters))
+        variables = self._checked_variables([parameters[i] for i in examined])
+        updates = [
+            (RowsUpdate if sparse[i] else DenseUpdate)(gradients[i], variable, i)
+            for i, variable in zip(examined, variables, strict=True)
+        ]
+        self._adopt(variables)
+        launches = prepared(updates, self._written)
+        if known is not None:
+            return [known, *launches], updates
+        if dense:
+            self._known = KnownBatch(updates)
+        return launches, updates
 
     def minimize(
         self,
@@ -340,6 +367,7 @@ class Adamax:
         for variable, (m, u) in zip(fresh, state, strict=True):
             variable.hold(m, u)
         self._variables.update((id(v.parameter), v) for v in fresh)
+        self._written = written_by_steps(self._variables.values())
 
     # --- Configuration -----------------------------------------------------------------
 
@@ -540,20 +568,30 @@ class Adamax:
         # Variables are found by the identity of their array, which a copy changes.
         state = self.__dict__.copy()
         state["_variables"] = list(self._variables.values())
-        state["_known"] = KnownBatch()
+        del state["_known"], state["_written"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         variables = state.pop("_variables")
         self.__dict__.update(state)
         self._variables = {id(v.parameter): v for v in variables}
+        self._written = written_by_steps(variables)
+        self._known = KnownBatch()
 
 
-def _pairs(grads_and_vars: Iterable[Any]) -> Iterable[tuple[Gradient, Array]]:
-    for position, pair in enumerate(grads_and_vars):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(
-                f"grads_and_vars[{position}] must be a (gradient, parameter) pair, "
-                f"got {type(pair).__name__}"
-            )
-        yield pair[0], pair[1]
+def _split(grads_and_vars: Iterable[Any]) -> tuple[Sequence[Any], Sequence[Array]]:
+    """The gradients that are not None, and their parameters."""
+    pairs = list(grads_and_vars)
+    if not (set(map(type, pairs)) <= {tuple, list} and set(map(len, pairs)) == {2}):
+        for position, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(
+                    f"grads_and_vars[{position}] must be a (gradient, parameter) pair, "
+                    f"got {type(pair).__name__}"
+                )
+    if NoneType in {type(gradient) for gradient, _ in pairs}:
+        pairs = [pair for pair in pairs if pair[0] is not None]
+    if not pairs:
+        raise ValueError("grads_and_vars must hold at least one gradient that is not None")
+    gradients, parameters = zip(*pairs, strict=True)
+    return gradients, parameters

@@ -28,8 +28,12 @@ that is written. Nothing is allocated in proportion to a parameter.
     Add 1 to each of ``n`` step counters of float32 or float64 at int64 addresses ``(n,)``
     and return the new values, as float64 ``(n,)``.
 
-``array_addresses(arrays)``
-    Where the elements of ``n`` NumPy arrays begin, as int64 ``(n,)``.
+``array_address(array)``
+    Where the elements of a NumPy array begin.
+``array_layouts(arrays)``, ``find_arrays(like, arrays, writeable=...)``
+    What the latter compares with, and where the elements of ``n`` arrays begin, as int64
+    ``(n,)``; or None unless each is a ``np.ndarray`` of the same dtype, shape and strides
+    as the one that ``like`` has the layout of, aligned, and writeable if it should be.
 
 ``w`` and ``g`` are of the given :class:`Storage`, ``m`` and ``u`` and all arithmetic of
 :func:`state_dtype` of it.
@@ -109,6 +113,10 @@ class RowGroups(Protocol):
     """Grouped indices; opaque to everything but the implementation that made them."""
 
 
+class ArrayLayouts(Protocol):
+    """Layouts of arrays; opaque to everything but the implementation that made them."""
+
+
 class Kernels(Protocol):
     """The verbs; their meaning is in the docstring of this module."""
 
@@ -152,7 +160,13 @@ class Kernels(Protocol):
 
     def advance(self, storage: Storage, addresses: Int64Array) -> Float64Array: ...
 
-    def array_addresses(self, arrays: Sequence[npt.NDArray[Any]]) -> Int64Array: ...
+    def array_address(self, array: npt.NDArray[Any]) -> int: ...
+
+    def array_layouts(self, arrays: Sequence[npt.NDArray[Any]]) -> ArrayLayouts: ...
+
+    def find_arrays(
+        self, like: ArrayLayouts, arrays: Sequence[npt.NDArray[Any]], *, writeable: bool
+    ) -> Int64Array | None: ...
 
 
 @functools.cache

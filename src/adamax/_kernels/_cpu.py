@@ -3,11 +3,15 @@
 All compiled code is in this one file because Numba's disk cache notices a change of the
 file a kernel is defined in, and of no other.
 
-Kernels share their work by taking pieces from a counter in memory, so a thread that the
+Kernels share their work by taking pieces of it as they go, so a thread that the
 operating system delays does not delay the others. No fast-math flag is used that assumes
 there are no NaNs, and none at all where results must not depend on the vector width.
 """
 
+import ctypes
+import functools
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,14 +213,36 @@ def _prefetch(typing_context, address):
     return signature, codegen
 
 
+def _atomic(operation):
+    """The function ``(address, number)`` that applies ``operation`` to the int64 there.
+
+    It returns what was there before.
+    """
+
+    @intrinsic
+    def atomic(typing_context, address, number):
+        signature = types.int64(types.int64, types.int64)
+
+        def codegen(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+            return builder.atomic_rmw(operation, pointer, arguments[1], "seq_cst")
+
+        return signature, codegen
+
+    return atomic
+
+
+_add, _or = _atomic("add"), _atomic("or")
+
+
 @intrinsic
-def _take(typing_context, counter, amount):
-    """Add ``amount`` to the int64 at address ``counter``, atomically; the value before."""
-    signature = types.int64(types.int64, types.int64)
+def _look(typing_context, address):
+    """The int64 at ``address``, as it is at this moment."""
+    signature = types.int64(types.int64)
 
     def codegen(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+        return builder.load_atomic(pointer, "acquire", align=8)
 
     return signature, codegen
 
@@ -240,24 +266,132 @@ def _kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+_compiled: set[tuple[Any, ...]] = set()
+
+
 def _call(kernel: Any, *arguments: Any) -> Any:
-    """Call ``kernel``; failing to write to the cache (a full disk, say) is no error."""
+    """Call ``kernel``, compiled before for arguments of these types."""
+    signature = (kernel, *map(type, arguments))
+    if signature not in _compiled:
+        _compile_uninterrupted(kernel, tuple(map(numba.typeof, arguments)))
+        _compiled.add(signature)
+    return kernel(*arguments)
+
+
+def _compile_uninterrupted(kernel: Any, signature: tuple[types.Type, ...]) -> None:
+    """Compile in another thread, where no KeyboardInterrupt arrives.
+
+    One in the midst of code generation leaves machine code that is broken.
+    """
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            _compile(kernel, signature)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target, name="adamax-compiler")
     try:
-        return kernel(*arguments)
+        thread.start()
+    except RuntimeError:  # there can be no more threads
+        _compile(kernel, signature)
+        return
+    try:
+        thread.join()
+    finally:
+        thread.join()  # again, if an interrupt came
+    if errors:
+        raise errors[0]
+
+
+def _compile(kernel: Any, signature: tuple[types.Type, ...]) -> None:
+    try:
+        kernel.compile(signature)
     except OSError:
-        # Only compiling can raise this, before the kernel has run, and Numba keeps what
-        # it compiled in memory before it tries to save it.
-        return kernel(*arguments)
+        # The cache cannot be written (a full disk, say). Numba keeps what it compiled in
+        # memory before it tries to save it.
+        kernel.compile(signature)
+
+
+# --- Work shared between threads --------------------------------------------------------
+#
+# A board is memory that the threads of one launch share: how much of the work has been
+# taken, and far enough away to be on another cache line, how many helpers are at it, or
+# that it is closed to them.
+
+_TAKEN, _HELPERS = 0, 16
+_CLOSED = 1 << 32
+_LOOKS = 50_000  # about as long as it takes to go to sleep and wake up
+_SECONDS_TO_SLEEP = 1e-5
+
+
+@_inlined
+def _at(board, place):
+    return board.ctypes.data + place * board.itemsize
+
+
+@_inlined
+def _take(board, amount):
+    """Take ``amount`` of the work; where it begins."""
+    return _add(_at(board, _TAKEN), amount)
+
+
+@_inlined
+def _join(board, helping):
+    """Whether this thread may work; if so it calls :func:`_leave` in the end."""
+    if not helping or _add(_at(board, _HELPERS), 1) < _CLOSED:
+        return True
+    _add(_at(board, _HELPERS), -1)
+    return False
+
+
+@_inlined
+def _leave(board, helping):
+    if helping:
+        _add(_at(board, _HELPERS), -1)
+        # The owner goes first, or it would have to sleep until the GIL is free again.
+        looks = 0
+        while looks < _LOOKS and _look(_at(board, _HELPERS)) < _CLOSED:
+            looks += 1
+
+
+@_kernel()
+def _close(board):
+    """Let no helper join any more; whether all have left within a short time."""
+    _or(_at(board, _HELPERS), _CLOSED)
+    looks = 0
+    while looks < _LOOKS and _look(_at(board, _HELPERS)) != _CLOSED:
+        looks += 1
+    return looks < _LOOKS
+
+
+class _Launch:
+    """A kernel that is called in several threads."""
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...]) -> None:
+        self._kernel = kernel
+        self._arguments = arguments
+        self._board = np.zeros(_HELPERS + 1, np.int64)
+        self._closed = False
+
+    def work(self) -> None:
+        _call(self._kernel, *self._arguments, self._board, False)
+
+    def help(self) -> None:
+        _call(self._kernel, *self._arguments, self._board, True)
+
+    def close(self) -> None:
+        while not self._closed:
+            self._closed = _call(_close, self._board)
+            if not self._closed:
+                time.sleep(_SECONDS_TO_SLEEP)
 
 
 def _call_in_parallel(kernel: Any, elements: int, threads: int, *arguments: Any) -> None:
-    """Call ``kernel(*arguments, counter)`` in as many threads as the work is worth."""
-    counter = np.zeros(1, np.int64)
-
-    def task() -> None:
-        _call(kernel, *arguments, counter)
-
-    _threads.run(task, min(threads, 1 + elements // _ELEMENTS_WORTH_A_THREAD))
+    """Call ``kernel(*arguments, board, helping)`` in the threads the work is worth."""
+    threads = min(threads, 1 + elements // _ELEMENTS_WORTH_A_THREAD)
+    _threads.run(_Launch(kernel, arguments), threads)
 
 
 # --- The rule --------------------------------------------------------------------------
@@ -302,12 +436,14 @@ def _update(w, m, u, g, length, scalars):
 
 
 @_kernel()
-def _dense_step(word, number, addresses, lengths, factors, coefficients, counter):
+def _dense_step(word, number, addresses, lengths, factors, coefficients, board, helping):
     total = lengths.sum()
+    if not _join(board, helping):
+        return
     while True:
-        start = _take(counter.ctypes.data, _DENSE_PIECE)
+        start = _take(board, _DENSE_PIECE)
         if start >= total:
-            return
+            break
         stop = min(start + _DENSE_PIECE, total)
         before = 0
         for i in range(lengths.shape[0]):
@@ -323,11 +459,22 @@ def _dense_step(word, number, addresses, lengths, factors, coefficients, counter
                     length,
                     _scalars(factors[i], coefficients, word),
                 )
+    _leave(board, helping)
 
 
 @_kernel()
 def _rows_step(
-    word, number, keys, shift, addresses, row_length, factors, coefficients, piece, counter
+    word,
+    number,
+    keys,
+    shift,
+    addresses,
+    row_length,
+    factors,
+    coefficients,
+    piece,
+    board,
+    helping,
 ):
     count = keys.shape[0]
     word_bytes = row_length * _itemsize(word)
@@ -335,10 +482,12 @@ def _rows_step(
     scalars = _scalars(factors, coefficients, word)
     summed = np.empty(row_length, np.float64)  # room for either type of number
     total = _pointer(summed.ctypes.data, number)
+    if not _join(board, helping):
+        return
     while True:
-        start = _take(counter.ctypes.data, piece)
+        start = _take(board, piece)
         if start >= count:
-            return
+            break
         stop = min(start + piece, count)
         i = _next_row(keys, shift, start, stop)
         while i < stop:
@@ -362,6 +511,7 @@ def _rows_step(
                 _sum_row(total, keys, shift, i, end, addresses[3], row_length, word)
                 _update(w, m, u, total, row_length, scalars)
             i = end
+    _leave(board, helping)
 
 
 # --- Grouping of indices: a key is the row in the high bits, the position in the low ----
@@ -408,31 +558,34 @@ def _sum_row(total, keys, shift, start, end, values, row_length, word):
 
 
 @_kernel()
-def _make_keys(index, indices, rows, shift, keys):
-    """Write the keys of the indices at an address.
+def _group_rows(index, indices, rows, shift, keys, scratch):
+    """Write the sorted keys of the indices at an address.
 
-    Returns the position of the first index outside ``[0, rows)`` or -1, whether the keys
-    are in ascending order, and the largest index.
+    Returns the position of the first index outside ``[0, rows)`` or -1, and whether the
+    keys are in ``scratch``.
     """
     index = _pointer(indices, index)
     ascending, previous, largest = True, np.int64(-1), np.int64(0)
     for position in range(keys.shape[0]):
         row = np.int64(_load(index, position))
         if row < 0 or row >= rows:
-            return position, ascending, largest
+            return position, False
         keys[position] = (np.uint64(row) << shift) | np.uint64(position)
         ascending = ascending and row >= previous
         previous = row
         largest = max(largest, row)
-    return -1, ascending, largest
+    return -1, not ascending and _sort_keys(keys, scratch, shift, largest)
 
 
-@_kernel()
-def _sort_keys(keys, scratch, shift, bits):
-    """Radix sort by the ``bits`` bits above ``shift``; equal rows keep their order.
+@_inlined
+def _sort_keys(keys, scratch, shift, largest):
+    """Radix sort by the row, at most ``largest``; equal rows keep their order.
 
     Returns whether the sorted keys are in ``scratch``.
     """
+    bits = 1
+    while largest >> bits:
+        bits += 1
     passes = (bits + _RADIX_BITS - 1) // _RADIX_BITS
     width = (bits + passes - 1) // passes
     places = np.empty(1 << width, np.int64)
@@ -460,11 +613,13 @@ def _sort_keys(keys, scratch, shift, bits):
 
 
 @_kernel(fastmath={"reassoc"})
-def _dense_square_sums(word, addresses, lengths, first_blocks, sums, counter):
+def _dense_square_sums(word, addresses, lengths, first_blocks, sums, board, helping):
+    if not _join(board, helping):
+        return
     while True:
-        block = _take(counter.ctypes.data, 1)
+        block = _take(board, 1)
         if block >= sums.shape[0]:
-            return
+            break
         i = np.searchsorted(first_blocks, block, side="right") - 1
         start = (block - first_blocks[i]) * _SQUARE_SUM_BLOCK
         length = min(_SQUARE_SUM_BLOCK, lengths[i] - start)
@@ -474,16 +629,21 @@ def _dense_square_sums(word, addresses, lengths, first_blocks, sums, counter):
             number = np.float64(_load(g, j))
             total += number * number
         sums[block] = total
+    _leave(board, helping)
 
 
 @_kernel(fastmath={"reassoc"})
-def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums, counter):
+def _rows_square_sums(
+    word, number, keys, shift, values, row_length, piece, sums, board, helping
+):
     summed = np.empty(row_length, np.float64)  # room for either type of number
     total = _pointer(summed.ctypes.data, number)
+    if not _join(board, helping):
+        return
     while True:
-        block = _take(counter.ctypes.data, 1)
+        block = _take(board, 1)
         if block >= sums.shape[0]:
-            return
+            break
         stop = min((block + 1) * piece, keys.shape[0])
         i = _next_row(keys, shift, block * piece, stop)
         square_sum = 0.0
@@ -495,13 +655,87 @@ def _rows_square_sums(word, number, keys, shift, values, row_length, piece, sums
                 square_sum += element * element
             i = end
         sums[block] = square_sum
+    _leave(board, helping)
+
+
+# The fields of a NumPy array object, which all extensions that were compiled against NumPy
+# know as well. Python code takes 20 microseconds to ask for an address when that code is
+# not in the caches, which is a twentieth of a sparse step, and a millisecond to look at
+# some hundred arrays.
+_TYPE = object.__basicsize__ - 8
+_DATA = object.__basicsize__
+_RANK = _DATA + 8
+_SHAPE = _DATA + 16
+_STRIDES = _DATA + 24
+_DTYPE = _DATA + 40
+_FLAGS = _DATA + 48
+_ALIGNED, _WRITEABLE = 0x0100, 0x0400
+
+
+def _check_fields() -> None:
+    """Raise if the NumPy that is installed has other fields."""
+    array = np.zeros((3, 7), np.float32)[:, 1:5]
+    array.flags.writeable = False
+
+    def read(address: int, type_: Any = ctypes.c_int64) -> int:
+        value: int = type_.from_address(address).value
+        return value
+
+    start = id(array)
+    known = (
+        read(start + _TYPE) == id(np.ndarray)
+        and read(start + _DATA) == array.ctypes.data
+        and read(start + _DTYPE) == id(array.dtype)
+        and read(start + _RANK, ctypes.c_int32) == 2
+        and read(start + _FLAGS, ctypes.c_int32) & (_ALIGNED | _WRITEABLE) == _ALIGNED
+        and read(read(start + _SHAPE) + 8) == array.shape[1]
+        and read(read(start + _STRIDES) + 8) == array.strides[1]
+    )
+    if not known:
+        raise ImportError(
+            f"NumPy {np.__version__} keeps its arrays in a way that this version of adamax "
+            f"does not know; NUMBA_DISABLE_JIT=1 makes it do without, slowly"
+        )
+
+
+_check_fields()
 
 
 @_kernel()
-def _read_words(addresses, words):
-    zero = np.int64(0)
-    for i in range(addresses.shape[0]):
-        words[i] = _load(_pointer(addresses[i], zero), 0)
+def _read_word(address):
+    return _load(_pointer(address, np.int64(0)), 0)
+
+
+@_inlined
+def _read_half_word(address):
+    return np.int64(_load(_pointer(address, np.int32(0)), 0))
+
+
+@_kernel()
+def _find_arrays(objects, array_type, layouts, flags, addresses):
+    """Write the addresses of arrays, and return whether all have the given layouts.
+
+    A layout is the address of the dtype, the rank, the shape and the strides.
+    """
+    for i in range(objects.shape[0]):
+        array, layout = objects[i], layouts[i]
+        rank = layout[1]
+        if (
+            _read_word(array + _TYPE) != array_type
+            or _read_word(array + _DTYPE) != layout[0]
+            or _read_half_word(array + _RANK) != rank
+            or _read_half_word(array + _FLAGS) & flags != flags
+        ):
+            return False
+        shape, strides = _read_word(array + _SHAPE), _read_word(array + _STRIDES)
+        for axis in range(rank):
+            if (
+                _read_word(shape + 8 * axis) != layout[2 + axis]
+                or _read_word(strides + 8 * axis) != layout[2 + rank + axis]
+            ):
+                return False
+        addresses[i] = _read_word(array + _DATA)
+    return True
 
 
 @_kernel()
@@ -562,24 +796,27 @@ def dense_square_sums(
 
 
 def group_rows(indices: npt.NDArray[np.int32] | Int64Array, rows: int) -> RowGroups:
-    indices = np.require(indices, requirements="C")
+    if not indices.flags.c_contiguous:
+        indices = indices.copy()
     position_bits = max(indices.size - 1, 0).bit_length()
     if position_bits + rows.bit_length() > 64:
         raise ValueError(f"cannot group {indices.size} indices into {rows} rows")
     shift = np.uint64(position_bits)
-    keys = np.empty(indices.size, np.uint64)
-    outside, ascending, largest = _call(
-        _make_keys, indices.dtype.type(0), indices.ctypes.data, rows, shift, keys
+    keys, scratch = np.empty((2, indices.size), np.uint64)
+    outside, in_scratch = _call(
+        _group_rows,
+        indices.dtype.type(0),
+        array_address(indices),
+        rows,
+        shift,
+        keys,
+        scratch,
     )
     if outside >= 0:
         raise IndexError(
             f"indices[{outside}] must be in [0, {rows}), got {indices[outside]}"
         )
-    if not ascending:
-        scratch = np.empty_like(keys)
-        if _call(_sort_keys, keys, scratch, shift, largest.bit_length()):
-            keys = scratch
-    return RowGroups(keys, shift)
+    return RowGroups(scratch if in_scratch else keys, shift)
 
 
 def rows_step(
@@ -632,26 +869,46 @@ def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
     return values
 
 
-def array_addresses(arrays: Sequence[npt.NDArray[Any]]) -> Int64Array:
-    """Where the elements of NumPy arrays begin; ``.ctypes.data`` takes a microsecond each.
+def array_address(array: npt.NDArray[Any]) -> int:
+    address: int = _call(_read_word, id(array) + _DATA)
+    return address
 
-    The pointer is the first field of an array object, on which all extensions that were
-    compiled against NumPy rely. That it is there is checked all the same.
-    """
-    if not arrays:
-        return np.empty(0, np.int64)
-    objects = np.array([id(array) for array in arrays], np.int64)
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayouts:
+    layouts: Int64Array
+    dtypes: list[np.dtype[Any]]  # whose addresses are in ``layouts``
+
+
+def array_layouts(arrays: Sequence[npt.NDArray[Any]]) -> ArrayLayouts:
+    width = 2 + 2 * max((array.ndim for array in arrays), default=0)
+    layouts = np.zeros((len(arrays), width), np.int64)
+    for layout, array in zip(layouts, arrays, strict=True):
+        fields = (id(array.dtype), array.ndim, *array.shape, *array.strides)
+        layout[: len(fields)] = fields
+    return ArrayLayouts(layouts, [array.dtype for array in arrays])
+
+
+def find_arrays(
+    like: ArrayLayouts, arrays: Sequence[npt.NDArray[Any]], *, writeable: bool
+) -> Int64Array | None:
     addresses = np.empty(len(arrays), np.int64)
-    _call(_read_words, objects + object.__basicsize__, addresses)
-    if addresses[0] != arrays[0].ctypes.data or addresses[-1] != arrays[-1].ctypes.data:
-        return np.array([array.ctypes.data for array in arrays], np.int64)
-    return addresses
+    found = _call(
+        _find_arrays,
+        np.fromiter(map(id, arrays), np.int64, len(arrays)),
+        id(np.ndarray),
+        like.layouts,
+        _ALIGNED | _WRITEABLE if writeable else _ALIGNED,
+        addresses,
+    )
+    return addresses if found else None
 
 
 def _types_of(storage: Storage) -> tuple[Any, Any]:
     return _WORD_OF[storage], state_dtype(storage).type(0)
 
 
+@functools.lru_cache(maxsize=16)  # the same in all steps of an optimizer
 def _as_array(coefficients: Coefficients) -> Float64Array:
     return np.array(
         [

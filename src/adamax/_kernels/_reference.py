@@ -95,8 +95,32 @@ def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
     return np.array([counter[0] for counter in counters], np.float64)
 
 
-def array_addresses(arrays: Sequence[Array]) -> Int64Array:
-    return np.array([array.ctypes.data for array in arrays], np.int64)
+def array_address(array: Array) -> int:
+    return array.ctypes.data
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayouts:
+    layouts: list[tuple[Any, ...]]
+
+
+def array_layouts(arrays: Sequence[Array]) -> ArrayLayouts:
+    return ArrayLayouts([_layout(array) for array in arrays])
+
+
+def find_arrays(
+    like: ArrayLayouts, arrays: Sequence[Array], *, writeable: bool
+) -> Int64Array | None:
+    for layout, array in zip(like.layouts, arrays, strict=True):
+        if type(array) is not np.ndarray or _layout(array) != layout:
+            return None
+        if not array.flags.aligned or (writeable and not array.flags.writeable):
+            return None
+    return np.array([array_address(array) for array in arrays], np.int64)
+
+
+def _layout(array: Array) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.strides
 
 
 def _stepped(

@@ -1,22 +1,22 @@
 """How many threads a kernel may use, and running one on them.
 
-A pool of plain threads that call compiled code with the GIL released, rather than Numba's
-parallel back ends: those abort the process when two threads enter them at once
-(workqueue) or after a fork (GNU OpenMP), and bring a second OpenMP beside the host's.
+Plain threads that call compiled code with the GIL released, rather than Numba's parallel
+back ends: those abort the process when two threads enter them at once (workqueue) or after
+a fork (GNU OpenMP), and bring a second OpenMP beside the host's. Each calling thread has
+helpers of its own, so that two of them can step at once.
 """
 
+import atexit
+import functools
 import os
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from queue import SimpleQueue
+from typing import Protocol
 
 _MOST_THREADS = 256
-_SECONDS_BETWEEN_LOOKS = 1e-5
 
 _num_threads: int | None = None
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
 
 
 def get_num_threads() -> int:
@@ -25,8 +25,11 @@ def get_num_threads() -> int:
     What :func:`set_num_threads` was given, else ``OMP_NUM_THREADS``, else the number of
     CPUs this process may run on.
     """
-    if _num_threads is not None:
-        return _num_threads
+    return _default_num_threads() if _num_threads is None else _num_threads
+
+
+@functools.cache
+def _default_num_threads() -> int:
     from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if from_environment.isdecimal() and int(from_environment) > 0:
         return min(int(from_environment), _MOST_THREADS)
@@ -55,87 +58,125 @@ def set_num_threads(num_threads: int) -> None:
     _num_threads = num_threads
 
 
-def run(task: Callable[[], None], threads: int) -> None:
-    """Call ``task`` in up to ``threads`` threads, the caller's included, and wait for all.
+class Task(Protocol):
+    """Work that several threads can share."""
 
-    ``task`` takes pieces of the work from a shared counter until none are left, so a
-    thread that starts late, or never, costs nothing but its share. The caller may be
+    def work(self) -> None:
+        """Take pieces of the work until none are left."""
+
+    def help(self) -> None:
+        """The same in another thread; once the task is closed, do nothing."""
+
+    def close(self) -> None:
+        """Let no helper begin, and wait for those that have. May be called twice."""
+
+
+def run(task: Task, threads: int) -> None:
+    """Have up to ``threads`` threads, the caller's included, do ``task``.
+
+    A thread that starts late, or never, costs nothing but its share. The caller may be
     interrupted; threads that have begun are waited for all the same, since they write to
     memory that the caller may free next.
     """
     if threads <= 1:
-        task()
+        task.work()
         return
     job = _Job(task)
     try:
         try:
-            _call_helpers(job, threads - 1)
-            task()
+            _own.helpers.call(job, threads - 1)
+            task.work()
         finally:
-            job.close()
+            task.close()
     finally:
-        job.close()  # again, since an interrupt may have come between
-
-
-def _call_helpers(job: "_Job", count: int) -> None:
-    try:
-        pool = _shared_pool()
-        for _ in range(count):
-            pool.submit(job.help)
-    except RuntimeError:
-        # The interpreter is shutting down or no thread can be started: the caller's own
-        # thread does all of the work.
-        pass
+        task.close()  # again, since an interrupt may have come between
+        job.task = None
+    if job.error is not None:
+        raise job.error
 
 
 class _Job:
-    """A task that helpers may join until its owner closes it."""
+    """A task in the queue of some helpers, until it is closed."""
 
-    def __init__(self, task: Callable[[], None]) -> None:
-        self._task = task
-        # A plain lock: an interrupt inside a Condition could leave it locked for good.
-        self._lock = threading.Lock()
-        self._running = 0
-        self._closed = False
-        self._error: BaseException | None = None
+    def __init__(self, task: Task) -> None:
+        self.task: Task | None = task
+        self.error: BaseException | None = None
 
     def help(self) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._running += 1
-        try:
-            self._task()
-        except BaseException as error:
-            self._error = error
-        finally:
-            with self._lock:
-                self._running -= 1
-
-    def close(self) -> None:
-        """Let no more helpers join, and wait for those that have."""
-        with self._lock:
-            self._closed = True
-        while self._running:  # they end when the caller does, within one piece of work
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if self._error is not None:
-            raise self._error
+        task = self.task
+        if task is not None:
+            try:
+                task.help()
+            except BaseException as error:
+                self.error = error
 
 
-def _shared_pool() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="adamax")
-        return _pool
+class _Helpers:
+    """Threads that wait for jobs.
+
+    Queue and threads are all there is: no lock that an interrupt of the caller could leave
+    locked.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        _all_helpers.add(self)
+
+    def call(self, job: _Job, count: int) -> None:
+        """Let ``count`` threads help, or as many as can be started."""
+        while len(self._threads) < count:
+            thread = threading.Thread(
+                target=_serve, args=(self._jobs,), name="adamax", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads, or the interpreter is shutting down
+                break
+            self._threads.append(thread)
+        for _ in range(min(count, len(self._threads))):
+            self._jobs.put(job)
+
+    def dismiss(self) -> list[threading.Thread]:
+        """Let the threads end when they have done their jobs; those that still run."""
+        threads, self._threads = self._threads, []
+        for _ in threads:
+            self._jobs.put(None)
+        return threads
+
+    def __del__(self) -> None:
+        self.dismiss()
 
 
-def _forget_pool() -> None:
-    # A forked child has the pool's bookkeeping but none of its threads.
-    global _pool, _pool_lock
-    _pool = None
-    _pool_lock = threading.Lock()
+def _serve(jobs: "SimpleQueue[_Job | None]") -> None:
+    while (job := jobs.get()) is not None:
+        job.help()
+        del job  # what it refers to may be freed before the next one comes
+
+
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.helpers = _Helpers()
+
+
+_all_helpers: "weakref.WeakSet[_Helpers]" = weakref.WeakSet()
+_own = _Own()
+
+
+@atexit.register
+def _dismiss_all() -> None:
+    # A daemon thread in compiled code while the interpreter is torn down could crash it.
+    for helpers in list(_all_helpers):
+        for thread in helpers.dismiss():
+            thread.join()
+
+
+def _forget_helpers() -> None:
+    # A forked child has the lists of threads but none of the threads.
+    global _own
+    _all_helpers.clear()
+    _own = _Own()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_helpers)
