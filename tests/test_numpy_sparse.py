@@ -406,7 +406,7 @@ def _mixed_gradients(rng, dtype, sparse):
     "chosen", [{}, {"global_clipnorm": 1.0}, {"clipnorm": 0.5}], ids=str
 )
 def test_dense_and_sparse_gradients_may_be_mixed_and_change_places(rng, dtype, chosen):
-    """The same arrays in several steps, and others: all that a step may know of the last."""
+    """The same arrays in several steps, and others: a step knows those of the last."""
     sparse = [{1, 3}, {1, 3}, {3, 1}, {1}, {1}, {0, 1}, set(), set(), {1, 3}, {0, 1, 2, 3}]
     gradients = [_mixed_gradients(rng, dtype, places) for places in sparse]
     model = _mixed_model(rng, dtype)

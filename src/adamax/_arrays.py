@@ -83,11 +83,15 @@ class Variable:
                 f"{self.dtype} and strides {self.strides}, but now has {layout}"
             )
 
+    @property
+    def address(self) -> int:
+        return kernels().array_address(self.parameter)
+
     def hold(self, m: Array, u: Array) -> None:
         """Take ``m`` and ``u`` as the state."""
         self.m, self.u = m, u
-        w, address = self.parameter, kernels().array_address
-        self.addresses = (address(w), address(m), address(u))
+        address = kernels().array_address
+        self.addresses = (self.address, address(m), address(u))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied_variable, (self.parameter, self.name, self.m, self.u)

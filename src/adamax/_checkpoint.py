@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from ._kernels._memory import zeros_beside
+
 Array = npt.NDArray[Any]
 Order = Literal["C", "F"]
 
@@ -106,10 +108,18 @@ class StateFiles:
         self._made: list[Path] = []
 
     def zeros(
-        self, file_name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, order: Order
+        self,
+        file_name: str,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        order: Order,
+        *,
+        beside: int,
+        number: int,
     ) -> Array:
+        """``beside`` and ``number`` are for :func:`zeros_beside`."""
         if self._directory is None or 0 in shape:
-            return np.zeros(shape, dtype, order)
+            return zeros_beside(beside, number, shape, dtype, order)
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / file_name
         try:

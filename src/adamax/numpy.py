@@ -359,8 +359,10 @@ class Adamax:
         with StateFiles(self._state_dir) as files:
             state = [
                 [
-                    files.zeros(f"{number}.{part}.npy", *v.state_layout)
-                    for part in ("m", "u")
+                    files.zeros(
+                        f"{number}.{part}.npy", *v.state_layout, beside=v.address, number=k
+                    )
+                    for k, part in enumerate(("m", "u"), start=1)
                 ]
                 for number, v in enumerate(fresh, start=len(self._variables))
             ]

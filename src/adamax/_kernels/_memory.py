@@ -1,11 +1,17 @@
-"""Which pieces of memory lie apart, as the kernels require."""
+"""Where memory lies: which pieces overlap, and which get in each other's way."""
 
+import math
 from bisect import bisect_right
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from . import Int64Array
+
+_PERIOD = 64 * 1024  # more than what repeats in the mapping of addresses to memory banks
+_STEP = 16 * 1024
+_LARGE = 1 << 20  # bytes; less than that stays in caches
 
 
 class Ranges:
@@ -31,3 +37,26 @@ class Ranges:
         """:meth:`overlap` for one range, without the cost of arrays."""
         place = bisect_right(self._end_list, address)
         return place < len(self._end_list) and self._start_list[place] < address + size
+
+
+def zeros_beside(
+    address: int,
+    number: int,
+    shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+    order: Literal["C", "F"],
+) -> npt.NDArray[Any]:
+    """Zeros to be read in one pass with the memory at ``address``, as array ``number``.
+
+    Large arrays of NumPy all begin at nearly the same place of a page. What is at the same
+    place of several of them competes for the same banks of memory, and a pass over four
+    takes up to 1.5 times as long as it must. So each begins at a place of its own.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        return np.zeros(shape, dtype, order)
+    room = np.zeros(size + _PERIOD, np.uint8)
+    wanted = address - address % dtype.itemsize + number * _STEP
+    start = (wanted - room.ctypes.data) % _PERIOD
+    return room[start : start + size].view(dtype).reshape(shape, order=order)
