@@ -385,7 +385,7 @@ class KnownBatch:
         find = kernels().find_arrays
         own = find(self._layouts, parameters, writeable=True)
         read = find(self._layouts, gradients, writeable=False)
-        if own is None or read is None or written.overlap(read, self._sizes).any():
+        if own is None or read is None or written.overlap(read, self._sizes):
             return None
         addresses = np.column_stack([own, self._state, read])
         return DenseLaunch(positions, self._storage, addresses, self._lengths)

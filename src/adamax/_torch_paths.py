@@ -6,9 +6,10 @@ raises has changed nothing.
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,6 +32,7 @@ _STORAGE = {
     torch.complex64: Storage.FLOAT32,  # as pairs of numbers
     torch.complex128: Storage.FLOAT64,
 }
+_KIND = attrgetter("layout", "dtype", "is_cpu")
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 
 
@@ -139,20 +141,20 @@ class KnownTensors:
 
     def remember(self, batch: Batch, table: "_Table") -> None:
         self._tensors = _written(batch)
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._dtype = batch.params[0].dtype
         self._sizes = [param.numel() for param in batch.params]
         self._table = table
 
     def launch(self, batch: Batch, options: Options, scale: float) -> "_DenseLaunch | None":
         """A launch if all tensors are known and the gradients are fit too."""
+        if not len(batch) == len(self._sizes) > 0:
+            return None
         tensors = _written(batch)
         if (
-            len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and [tensor.data_ptr() for tensor in tensors] == self._addresses
+            all(map(operator.is_, tensors, self._tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
             and all(map(Tensor.is_contiguous, batch.params))  # not transposed in place
-            and {grad.layout for grad in batch.grads} == {torch.strided}
             and _all_flat(batch.grads, self._dtype, self._sizes)
         ):
             return _DenseLaunch(batch, options, scale, self._table, batch.grads, [])
@@ -194,14 +196,13 @@ class _Counters:
             self._storage = _STORAGE[dtypes.pop()]
             self._addresses = np.array([step.data_ptr() for step in steps], np.int64)
 
-    def advance(self) -> list[float]:
+    def advance(self) -> Float64Array:
         """Add 1 to each, and return them."""
         if self._addresses is not None:
-            counts: list[float] = kernels().advance(self._storage, self._addresses).tolist()
-            return counts
+            return kernels().advance(self._storage, self._addresses)
         for step in self._steps:
             step += 1
-        return [float(step) for step in self._steps]
+        return np.array([float(step) for step in self._steps])
 
 
 class _Table:
@@ -227,14 +228,14 @@ class _Table:
     def addresses(self, grads: list[Tensor]) -> Int64Array:
         """Of w, m, u and g."""
         addresses = self._addresses.copy()
-        addresses[:, 3] = [grad.data_ptr() for grad in grads]
+        addresses[:, 3] = list(map(Tensor.data_ptr, grads))
         return addresses
 
     def lie_apart(self, addresses: Int64Array) -> bool:
         """Whether the parameters at these addresses can be updated in any order."""
         return len(addresses) == 1 or (
             self._written.lie_apart
-            and not self._written.overlap(addresses[:, 3], self._grad_sizes).any()
+            and not self._written.overlap(addresses[:, 3], self._grad_sizes)
         )
 
 
@@ -301,13 +302,12 @@ def _dense_launch(
 def _all_flat(tensors: list[Tensor], dtype: torch.dtype, sizes: list[int]) -> bool:
     """Whether the elements of each tensor lie in memory as its indices count them."""
     return (
-        {tensor.is_contiguous() for tensor in tensors} == {True}
-        and {tensor.is_cpu for tensor in tensors} == {True}
-        and [tensor.dtype for tensor in tensors].count(dtype) == len(tensors)
-        and [tensor.numel() for tensor in tensors] == sizes
-        and not (dtype.is_complex and any(tensor.is_conj() for tensor in tensors))
+        set(map(_KIND, tensors)) == {(torch.strided, dtype, True)}
+        and all(map(Tensor.is_contiguous, tensors))
+        and list(map(Tensor.numel, tensors)) == sizes
+        and not (dtype.is_complex and any(map(Tensor.is_conj, tensors)))
         # Imaginary parts of conjugates, which have holes unless they are one number.
-        and not any(t.is_neg() for t, n in zip(tensors, sizes, strict=True) if n == 1)
+        and not (1 in sizes and any(map(Tensor.is_neg, tensors)))
     )
 
 
@@ -393,13 +393,23 @@ def _factors(counters: _Counters, options: Options, scale: float) -> Float64Arra
     """Advance the step counters, and the factors of a launch that follow from them."""
     t = counters.advance()
     lr, beta_1 = options.lr_number, options.hyperparameters.beta_1
-    sizes = {count: _rule.step_size(lr, beta_1, int(count)) for count in set(t)}
     factors = np.empty((len(t), len(Factor)))
-    factors[:, Factor.STEP_SIZE] = [sizes[count] for count in t]
-    factors[:, Factor.DECAY] = _rule.decay_factor(lr, options.decay)
-    factors[:, Factor.SCALE] = -scale if options.maximize else scale
-    factors[:, Factor.COUPLED_DECAY] = options.coupled_decay
+    factors[:] = (  # in the order of Factor
+        math.nan,
+        _rule.decay_factor(lr, options.decay),
+        -scale if options.maximize else scale,
+        options.coupled_decay,
+    )
+    for count, chosen in _equal(t):
+        factors[chosen, Factor.STEP_SIZE] = _rule.step_size(lr, beta_1, int(count))
     return factors
+
+
+def _equal(numbers: Float64Array) -> Iterator[tuple[float, Any]]:
+    """The distinct numbers, and an index of where each is."""
+    distinct = set(numbers.tolist())
+    for number in distinct:
+        yield number, slice(None) if len(distinct) == 1 else numbers == number
 
 
 # --- Sparse gradients ------------------------------------------------------------------
@@ -430,12 +440,18 @@ def sparse_rows(param: Tensor, grad: Tensor) -> SparseRows:
             table_rows = table_rows * size + index
     else:
         table_rows = indices[0]
+    if values.dtype is not param.dtype or not values.is_contiguous() or _is_lazy(values):
+        values = values.to(param.dtype).resolve_conj().resolve_neg().contiguous()
     return SparseRows(
         table_rows,
-        values.to(param.dtype).resolve_conj().resolve_neg().contiguous(),
+        values,
         math.prod(sizes),
         math.prod(row_shape),
     )
+
+
+def _is_lazy(values: Tensor) -> bool:
+    return values.is_conj() or values.is_neg()
 
 
 def grouped(rows: SparseRows) -> Any:

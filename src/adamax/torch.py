@@ -2,11 +2,14 @@
 
 import functools
 import math
+import operator
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from numbers import Real
+from operator import attrgetter, itemgetter
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -44,6 +47,8 @@ _NAMES = {
     "epsilon": "eps",
 }
 _STATE = ("step", "exp_avg", "exp_inf")
+# Of hundreds of parameters, by loops that are not in Python.
+_GRAD = attrgetter("grad")
 
 
 class Adamax(Optimizer):
@@ -196,19 +201,31 @@ class Adamax(Optimizer):
         steps: list[Tensor],
     ) -> None:
         # torch.compile runs this method, of this name, instead of tracing it.
-        given = [param.grad for param in group["params"]]
-        grads += [grad for grad in given if grad is not None]
-        params += [p for p, g in zip(group["params"], given, strict=True) if g is not None]
-        states = [self.state[param] for param in params]
+        given = list(map(_GRAD, group["params"]))
+        if NoneType in set(map(type, given)):
+            pairs = zip(group["params"], given, strict=True)
+            params += [param for param, grad in pairs if grad is not None]
+            grads += [grad for grad in given if grad is not None]
+        else:
+            params += group["params"]
+            grads += given
+        states = self._states_of(params)
         if not all(states):
             for param, state in zip(params, states, strict=True):
                 if not state:
                     state["step"] = _new_step(param, group["capturable"])
                     state["exp_avg"] = _new_state(param)
                     state["exp_inf"] = _new_state(param)
-        exp_avgs += [state["exp_avg"] for state in states]
-        exp_infs += [state["exp_inf"] for state in states]
-        steps += [state["step"] for state in states]
+        exp_avgs += map(itemgetter("exp_avg"), states)
+        exp_infs += map(itemgetter("exp_inf"), states)
+        steps += map(itemgetter("step"), states)
+
+    def _states_of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        # Usually the state is in the order of the parameters, which is quickly seen:
+        # the hash of a tensor is a function in Python.
+        if len(self.state) == len(params) and all(map(operator.is_, self.state, params)):
+            return list(self.state.values())
+        return list(map(self.state.__getitem__, params))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

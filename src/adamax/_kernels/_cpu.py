@@ -30,7 +30,7 @@ from . import Float64Array, Int64Array, Storage, _threads, state_dtype
 # Pieces of work: large enough that taking one costs nothing, small enough to balance.
 _DENSE_PIECE = 32 * 1024
 _SQUARE_SUM_BLOCK = 64 * 1024
-_ROWS_PIECE_ELEMENTS = 16 * 1024
+_ROWS_PIECE_ELEMENTS = 4 * 1024
 # Waking a thread takes about as long as updating this many elements in a cache, or half
 # as many in rows all over memory.
 _ELEMENTS_WORTH_A_THREAD = 128 * 1024

@@ -20,23 +20,23 @@ class Ranges:
     def __init__(self, addresses: Int64Array, sizes: Int64Array) -> None:
         addresses, sizes = addresses[sizes > 0], sizes[sizes > 0]
         order = np.argsort(addresses)
-        self._starts = addresses[order]
-        self._ends = self._starts + sizes[order]
+        self._ends = addresses[order] + sizes[order]
+        # One more, behind the last end, that nothing reaches.
+        self._starts = np.append(addresses[order], np.iinfo(np.int64).max)
         self._start_list, self._end_list = self._starts.tolist(), self._ends.tolist()
-        self.lie_apart = not (self._ends[:-1] > self._starts[1:]).any()
+        self.lie_apart = not (self._ends[:-1] > self._starts[1:-1]).any()
 
-    def overlap(self, addresses: Int64Array, sizes: Int64Array) -> npt.NDArray[np.bool_]:
-        """Which of other ranges overlap one of these, if these lie apart."""
+    def overlap(self, addresses: Int64Array, sizes: Int64Array) -> bool:
+        """Whether any of other ranges overlaps one of these, if these lie apart."""
         # The first of these that ends behind the start of the other.
         place = np.searchsorted(self._ends, addresses, side="right")
-        inside = place < len(self._ends)
-        inside[inside] = self._starts[place[inside]] < (addresses + sizes)[inside]
-        return inside
+        return bool((self._starts[place] < addresses + sizes).any())
 
     def overlap_one(self, address: int, size: int) -> bool:
         """:meth:`overlap` for one range, without the cost of arrays."""
         place = bisect_right(self._end_list, address)
-        return place < len(self._end_list) and self._start_list[place] < address + size
+        start: int = self._start_list[place]
+        return start < address + size
 
 
 def zeros_beside(
