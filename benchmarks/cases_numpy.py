@@ -67,8 +67,8 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             f"{title}, table of {size} rows",
             (_ours(table), _sparse_adam(table)),
             (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),) if size == "1e6" else (),
-            rounds=60,
-            warm_ups=5,
+            rounds=21,
+            steps=6,
         )
         for size, table in tables.items()
     )
@@ -78,8 +78,8 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             f"{title}, by size of the table",
             tuple(_ours(table, ours[size]) for size, table in tables.items()),
             (CostsAtMost(ours["1e7"], ours["1e5"], 2.5),),
-            rounds=60,
-            warm_ups=5,
+            rounds=21,
+            steps=6,
         ),
         *beside_torch,
         Case(
@@ -87,7 +87,8 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             f"{title}, table of 1e6 rows, Keras",
             (_ours(tables["1e6"]), *_keras(tables["1e6"])),
             (Faster(OURS, (TF_KERAS,), 300), Faster(OURS, (KERAS,), 300)),
-            rounds=5,
+            rounds=7,
+            steps=5,
             note="The error of keras is real: where ids repeat, its norm takes the sum of "
             "|g|, not |the sum of g|.",
         ),
@@ -146,15 +147,16 @@ CASES = (
             Faster(OURS, (FUSED_ADAM,), 0.95),
             Faster(OURS, (LIMIT,), 0.9),
         ),
-        rounds=11,
+        rounds=15,
+        steps=3,
     ),
     Case(
         "dense-many",
         "300 arrays of 4096 float32 in one call",
         _dense(Dense(arrays=300, length=4096)),
         (Faster(OURS, (FOREACH,), 5),),
-        rounds=40,
-        warm_ups=10,
+        rounds=21,
+        steps=6,
     ),
     *_sparse(zipf=False),
     *_sparse(zipf=True),

@@ -33,8 +33,8 @@ def _many(length: int, at_least: float) -> Case:
         f"300 parameters of {length} float32",
         _dense(Dense(arrays=300, length=length)),
         (Faster(OURS, (FOREACH,), at_least), Faster(OURS, (FUSED_ADAM,), 1.0)),
-        rounds=40 if length < 65536 else 15,
-        warm_ups=10,
+        rounds=21,
+        steps=6 if length < 65536 else 3,
     )
 
 
@@ -50,8 +50,8 @@ def _sparse(size: str) -> Case:
             ),
         ),
         (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),),
-        rounds=30,
-        warm_ups=5,
+        rounds=21,
+        steps=6,
     )
 
 
@@ -67,8 +67,8 @@ def _flat() -> Case:
             for size, rows in _ROWS.items()
         ),
         (CostsAtMost(names["1e7"], names["1e5"], 2.5),),
-        rounds=30,
-        warm_ups=5,
+        rounds=21,
+        steps=6,
     )
 
 
@@ -78,7 +78,8 @@ CASES = (
         "One parameter of 32 Mi float32",
         _dense(Dense(arrays=1, length=32 << 20)),
         (Faster(OURS, (FOREACH, FOR_LOOP), 3.3), Faster(OURS, (FUSED_ADAM,), 0.95)),
-        rounds=11,
+        rounds=15,
+        steps=3,
     ),
     _many(64, at_least=5),
     _many(4096, at_least=5),

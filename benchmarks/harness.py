@@ -136,6 +136,7 @@ class Case:
     bars: tuple[Bar, ...] = ()
     rounds: int = 15
     warm_ups: int = 2
+    steps: int = 2  # of each contestant in a round; all but the first are timed
     note: str = ""
 
     @property
@@ -202,21 +203,26 @@ def _measure(case: Case) -> tuple[Samples, Mapping[str, float]]:
     gc.freeze()
     gc.disable()
     for number in range(-case.warm_ups, case.rounds):
-        first = {work: stream.draw() for work, stream in streams.items()}
-        second = {work: stream.draw() for work, stream in streams.items()}
+        draws = {
+            work: [stream.draw() for _ in range(case.steps)]
+            for work, stream in streams.items()
+        }
         gc.collect()
         for contestant, entry, measure in zip(
             case.contestants, entries, measures, strict=True
         ):
             # Steps follow one another in training: the caches hold the contestant's code
             # and data from its own last step, not from those of the others.
-            entry.take(first[contestant.work])
+            first, *others = draws[contestant.work]
+            entry.take(first)
             entry.step()
-            entry.take(second[contestant.work])
             _keep_cores_busy(executor, _SECONDS_TO_SETTLE)
-            sample = measure(entry.step)
+            times = []
+            for draw in others:
+                entry.take(draw)
+                times.append(measure(entry.step))
             if number >= 0:
-                samples[contestant.name].append(sample)
+                samples[contestant.name].append(float(np.median(times)))
     errors = {
         c.name: streams[c.work].error(c.rule, entry.parameters())
         for c, entry in zip(case.contestants, entries, strict=True)
