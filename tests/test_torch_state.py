@@ -494,3 +494,48 @@ def test_state_belongs_to_its_own_optimizer(rng):
     addresses = [o.state[w]["exp_avg"].data_ptr() for o in (first, second)]
     assert len(set(addresses)) == 2
     np.testing.assert_array_equal([o.state[w]["step"] for o in (first, second)], [1, 1])
+
+
+# --- Large parameters, whose state is laid out on purpose ---------------------------------
+
+LARGE_LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T,
+    "channels last": lambda t: t.reshape(4, 6, 150, -1).to(
+        memory_format=torch.channels_last
+    ),
+    "with holes": lambda t: t[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_state_has_the_layout_that_torch_gives_it(rng, dtype, layout):
+    start = LARGE_LAYOUTS[layout](draw(rng, (600, 1200), dtype))
+    param = torch.nn.Parameter(start)
+    optimizer = Adamax([param])
+    follow(optimizer, [[draw(rng, param.shape, dtype)] for _ in range(2)])
+    for name in ("exp_avg", "exp_inf"):
+        state = optimizer.state[param][name]
+        expected = torch.zeros_like(param, memory_format=torch.preserve_format)
+        assert state.stride() == expected.stride()
+        assert state.untyped_storage().nbytes() == state.nbytes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_with_large_state_goes_on_after_a_checkpoint(rng, way):
+    start = draw(rng, (600, 601))
+    gradients = [[draw(rng, start.shape)] for _ in range(4)]
+    results = []
+    for stop in (False, True):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = Adamax([param])
+        take_steps(optimizer, gradients[:2])
+        if stop:
+            state_dict = WAYS[way](optimizer.state_dict())
+            param = torch.nn.Parameter(param.detach().clone())
+            optimizer = Adamax([param])
+            optimizer.load_state_dict(state_dict)
+        take_steps(optimizer, gradients[2:])
+        results.append(contents(optimizer))
+    assert_same_contents(*results)

@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
+from ._kernels._memory import LARGE, zeros_beside
 from ._rule import Hyperparameters
 from ._torch_paths import (
     Batch,
@@ -214,8 +215,8 @@ class Adamax(Optimizer):
             for param, state in zip(params, states, strict=True):
                 if not state:
                     state["step"] = _new_step(param, group["capturable"])
-                    state["exp_avg"] = _new_state(param)
-                    state["exp_inf"] = _new_state(param)
+                    state["exp_avg"] = _new_state(param, "exp_avg")
+                    state["exp_inf"] = _new_state(param, "exp_inf")
         exp_avgs += map(itemgetter("exp_avg"), states)
         exp_infs += map(itemgetter("exp_inf"), states)
         steps += map(itemgetter("step"), states)
@@ -329,7 +330,8 @@ class Adamax(Optimizer):
             for param, given in _pairs_of(self, loaded):
                 state = self.state[param]
                 for name in ("exp_avg", "exp_inf"):
-                    state[name] = _like(param, given[name])
+                    # On the device and in the memory order of the parameter.
+                    state[name] = _new_state(param, name).copy_(given[name])
                 state["step"] = state["step"].clone()  # else it is the checkpoint's
 
         handles = [
@@ -459,10 +461,19 @@ def _local(batch: Batch) -> Batch:
     return Batch(params, grads, exp_avgs, exp_infs, batch.steps)
 
 
-def _new_state(param: Tensor) -> Tensor:
-    return torch.zeros_like(
-        param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format
+def _new_state(param: Tensor, name: str) -> Tensor:
+    dtype = state_dtype(param.dtype)
+    if fused_dtypes([param]) is None or param.nbytes < LARGE:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    layout = torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
+    zeros = zeros_beside(
+        param.data_ptr(),
+        _STATE.index(name),
+        (param.numel(),),
+        str(dtype).removeprefix("torch."),
+        "C",
     )
+    return torch.from_numpy(zeros).as_strided(layout.shape, layout.stride())
 
 
 def _new_step(param: Tensor, capturable: bool) -> Tensor:
@@ -520,14 +531,6 @@ def _check_state(param: Tensor, state: Mapping[str, Any]) -> None:
     step = state["step"]
     if not (step.numel() == 1 if isinstance(step, Tensor) else isinstance(step, Real)):
         raise ValueError(f"step must be a number, got {step!r}")
-
-
-def _like(param: Tensor, given: Tensor) -> Tensor:
-    """``given`` as state: on the device and in the memory order of ``param``."""
-    state = torch.empty_like(
-        param, dtype=state_dtype(param.dtype), memory_format=torch.preserve_format
-    )
-    return state.copy_(given)
 
 
 # --- torch.compile ---------------------------------------------------------------------

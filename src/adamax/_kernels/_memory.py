@@ -11,7 +11,7 @@ from . import Int64Array
 
 _PERIOD = 64 * 1024  # more than what repeats in the mapping of addresses to memory banks
 _STEP = 16 * 1024
-_LARGE = 1 << 20  # bytes; less than that stays in caches
+LARGE = 1 << 20  # bytes; less than that stays in caches
 
 
 class Ranges:
@@ -54,7 +54,7 @@ def zeros_beside(
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE:
+    if size < LARGE:
         return np.zeros(shape, dtype, order)
     room = np.zeros(size + _PERIOD, np.uint8)
     wanted = address - address % dtype.itemsize + number * _STEP
