@@ -1,9 +1,10 @@
 """Cases of the NumPy front end, ``adamax.Adamax``."""
 
 from functools import partial
+from typing import Any
 
 from . import contestants
-from .harness import Below, Case, Contestant, CostsAtMost, Faster
+from .harness import ROUNDS_TO_SETTLE, Below, Case, Contestant, CostsAtMost, Faster
 from .meters import GROWTH_OF_PEAK, SECONDS, TRACED_PEAK, Meter
 from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, MOVE, SPARSE_ADAM
 from .workloads import Dense, Sparse, Startup
@@ -68,6 +69,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             (_ours(table), _sparse_adam(table)),
             (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),) if size == "1e6" else (),
             rounds=21,
+            warm_ups=ROUNDS_TO_SETTLE,
             steps=6,
         )
         for size, table in tables.items()
@@ -79,6 +81,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             tuple(_ours(table, ours[size]) for size, table in tables.items()),
             (CostsAtMost(ours["1e7"], ours["1e5"], 2.5),),
             rounds=21,
+            warm_ups=ROUNDS_TO_SETTLE,
             steps=6,
         ),
         *beside_torch,
@@ -114,26 +117,37 @@ def _memory() -> Case:
 
 def _startup() -> Case:
     work = Startup()
-    options = {"plain": {}, "clipped": {"global_clipnorm": 1e9}}
+    clipped = {"global_clipnorm": 1e9}
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {"options": {}, "scipy": False},
+        "clipped": {"options": clipped, "scipy": False},
+        "plain, beside SciPy": {"options": {}, "scipy": True},
+    }
     first, later = "first after installation", "later"
     limits = {first: 10.0, later: 1.0}
-    names = [(when, what) for what in options for when in limits]
     return Case(
         "startup",
         "First step of a process: interpreter, import, a dense and a sparse step",
         tuple(
             Contestant(
                 f"{when}, {what}",
-                partial(contestants.FirstStep, options=options[what], directory=what),
+                partial(contestants.FirstStep, **arguments, directory=what),
                 work,
                 rule=None,
                 ours=True,
             )
-            for when, what in names
+            for what, arguments in ways.items()
+            for when in limits
         ),
-        tuple(Below(f"{when}, {what}", limits[when]) for when, what in names),
+        tuple(
+            Below(f"{when}, {what}", limits[when])
+            for what, arguments in ways.items()
+            for when in limits
+            if not arguments["scipy"]
+        ),
         rounds=5,
         warm_ups=1,
+        note="Where SciPy is installed Numba imports it, which adamax does not need.",
     )
 
 

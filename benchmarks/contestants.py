@@ -236,6 +236,10 @@ class FirstStep:
     """Ours in a new process, from the start of the interpreter to its end."""
 
     _SCRIPT = """
+import sys
+if not {scipy}:
+    sys.modules["scipy"] = None  # as if it were not installed
+
 import numpy as np
 from adamax import Adamax, IndexedSlices
 
@@ -249,8 +253,11 @@ np.testing.assert_allclose(table[[5, 7]], -0.5, rtol=1e-5)
 assert not np.delete(table, [5, 7], axis=0).any()
 """
 
-    def __init__(self, work: Startup, options: dict[str, float], directory: str) -> None:
-        self._command = [sys.executable, "-c", self._SCRIPT.format(options=options)]
+    def __init__(
+        self, work: Startup, options: dict[str, float], scipy: bool, directory: str
+    ) -> None:
+        script = self._SCRIPT.format(options=options, scipy=scipy)
+        self._command = [sys.executable, "-c", script]
         self._directory = directory
 
     def take(self, draw: Path) -> None:

@@ -18,6 +18,10 @@ from .workloads import Array, Work
 
 THREADS = 2
 
+# A virtual machine maps memory that was new to it in larger pages after some seconds of
+# use; until then random access takes up to three times as long.
+ROUNDS_TO_SETTLE = 30
+
 # The idle threads of one contestant (OpenMP's, TensorFlow's) spin for a while, on a core
 # that the next one needs. Until they sleep the harness keeps all cores busy, as training
 # would, since a core that slept starts slowly.

@@ -35,7 +35,7 @@ _ROWS_PIECE_ELEMENTS = 4 * 1024
 # as many in rows all over memory.
 _ELEMENTS_WORTH_A_THREAD = 128 * 1024
 
-_PREFETCH_ROWS = 8
+_PREFETCH_ROWS = 2
 _PREFETCH_BYTES = 512  # of each row
 _CACHE_LINE = 64
 _RADIX_BITS = 11
