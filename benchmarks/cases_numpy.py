@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from . import contestants
-from .harness import ROUNDS_TO_SETTLE, Below, Case, Contestant, CostsAtMost, Faster
+from .harness import SECONDS_FOR_MEMORY, Below, Case, Contestant, CostsAtMost, Faster
 from .meters import GROWTH_OF_PEAK, SECONDS, TRACED_PEAK, Meter
 from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, MOVE, SPARSE_ADAM
 from .workloads import Dense, Sparse, Startup
@@ -69,7 +69,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             (_ours(table), _sparse_adam(table)),
             (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),) if size == "1e6" else (),
             rounds=21,
-            warm_ups=ROUNDS_TO_SETTLE,
+            settle=SECONDS_FOR_MEMORY,
             steps=6,
         )
         for size, table in tables.items()
@@ -81,7 +81,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             tuple(_ours(table, ours[size]) for size, table in tables.items()),
             (CostsAtMost(ours["1e7"], ours["1e5"], 2.5),),
             rounds=21,
-            warm_ups=ROUNDS_TO_SETTLE,
+            settle=SECONDS_FOR_MEMORY,
             steps=6,
         ),
         *beside_torch,
@@ -91,6 +91,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
             (_ours(tables["1e6"]), *_keras(tables["1e6"])),
             (Faster(OURS, (TF_KERAS,), 300), Faster(OURS, (KERAS,), 300)),
             rounds=7,
+            settle=SECONDS_FOR_MEMORY,
             steps=5,
             note="The error of keras is real: where ids repeat, its norm takes the sum of "
             "|g|, not |the sum of g|.",

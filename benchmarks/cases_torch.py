@@ -3,7 +3,7 @@
 from functools import partial
 
 from . import contestants
-from .harness import ROUNDS_TO_SETTLE, Case, Contestant, CostsAtMost, Faster
+from .harness import SECONDS_FOR_MEMORY, Case, Contestant, CostsAtMost, Faster
 from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, SPARSE_ADAM
 from .workloads import Dense, Sparse
 
@@ -51,7 +51,7 @@ def _sparse(size: str) -> Case:
         ),
         (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),),
         rounds=21,
-        warm_ups=ROUNDS_TO_SETTLE,
+        settle=SECONDS_FOR_MEMORY,
         steps=6,
     )
 
@@ -69,7 +69,7 @@ def _flat() -> Case:
         ),
         (CostsAtMost(names["1e7"], names["1e5"], 2.5),),
         rounds=21,
-        warm_ups=ROUNDS_TO_SETTLE,
+        settle=SECONDS_FOR_MEMORY,
         steps=6,
     )
 

@@ -18,9 +18,9 @@ from .workloads import Array, Work
 
 THREADS = 2
 
-# A virtual machine maps memory that was new to it in larger pages after some seconds of
-# use; until then random access takes up to three times as long.
-ROUNDS_TO_SETTLE = 30
+# A virtual machine maps memory that was new to it in larger pages some seconds after it was
+# first used; until then random access to it takes up to three times as long.
+SECONDS_FOR_MEMORY = 20.0
 
 # The idle threads of one contestant (OpenMP's, TensorFlow's) spin for a while, on a core
 # that the next one needs. Until they sleep the harness keeps all cores busy, as training
@@ -141,6 +141,7 @@ class Case:
     rounds: int = 15
     warm_ups: int = 2
     steps: int = 2  # of each contestant in a round; all but the first are timed
+    settle: float = 0.0  # seconds between the warm-ups and the rounds
     note: str = ""
 
     @property
@@ -149,7 +150,7 @@ class Case:
 
     def toy(self) -> "Case":
         small = tuple(replace(c, work=c.work.toy()) for c in self.contestants)
-        return replace(self, contestants=small, rounds=2)
+        return replace(self, contestants=small, rounds=2, settle=0.0)
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,8 @@ def _measure(case: Case) -> tuple[Samples, Mapping[str, float]]:
     gc.freeze()
     gc.disable()
     for number in range(-case.warm_ups, case.rounds):
+        if number == 0:
+            time.sleep(case.settle)
         draws = {
             work: [stream.draw() for _ in range(case.steps)]
             for work, stream in streams.items()
