@@ -10,8 +10,8 @@ With dense gradients an optimizer goes through the whole table nevertheless. Wit
 gradients, which name the rows that were used, it can leave the others alone.
 
 Everything but the optimizer is the same in all runs: initial weights, batches, number of
-steps. The learning rates are the best of 0.001, 0.003, 0.01, 0.03, 0.1 and 0.3 for the default
-text and settings; judged by the held-out loss, so that all are favoured alike.
+steps. The learning rates are the best of 0.001, 0.003, 0.01, 0.03, 0.1 and 0.3 for the
+default text and settings; judged by the held-out loss, so that all are favoured alike.
 """
 
 import argparse
