@@ -394,14 +394,13 @@ def _factors(counters: _Counters, options: Options, scale: float) -> Float64Arra
     t = counters.advance()
     lr, beta_1 = options.lr_number, options.hyperparameters.beta_1
     factors = np.empty((len(t), len(Factor)))
-    factors[:] = (  # in the order of Factor
-        math.nan,
-        _rule.decay_factor(lr, options.decay),
-        -scale if options.maximize else scale,
-        options.coupled_decay,
-    )
     for count, chosen in _equal(t):
-        factors[chosen, Factor.STEP_SIZE] = _rule.step_size(lr, beta_1, int(count))
+        factors[chosen] = (  # in the order of Factor
+            _rule.step_size(lr, beta_1, int(count)),
+            _rule.decay_factor(lr, options.decay),
+            -scale if options.maximize else scale,
+            options.coupled_decay,
+        )
     return factors
 
 
