@@ -469,6 +469,31 @@ def test_the_first_step_may_be_at_exit(expected, run_python):
     assert run_python(program, OMP_NUM_THREADS="3") == expected[1]
 
 
+STEPPING_AT_EXIT = """
+import sys, threading, time
+import numpy as np
+import adamax
+
+def stepping():
+    w, optimizer = np.ones(1_000_000, np.float32), adamax.Adamax()
+    while True:
+        optimizer.apply_gradients([(w.copy(), w)])
+        steps.append(1)
+
+steps = []
+for _ in range(2):
+    threading.Thread(target=stepping, daemon=True).start()
+while len(steps) < int(sys.argv[1]):
+    time.sleep(0.001)
+print("ends")
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 50, 100, 101, 150])
+def test_a_process_ends_while_daemon_threads_step(run_python, steps):
+    assert run_python(STEPPING_AT_EXIT, steps, OMP_NUM_THREADS="4") == "ends"
+
+
 # --- Compiled code ------------------------------------------------------------------------
 
 

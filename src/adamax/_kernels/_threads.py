@@ -137,12 +137,13 @@ class _Helpers:
         for _ in range(min(count, len(self._threads))):
             self._jobs.put(job)
 
-    def dismiss(self) -> list[threading.Thread]:
-        """Let the threads end when they have done their jobs; those that still run."""
-        threads, self._threads = self._threads, []
-        for _ in threads:
-            self._jobs.put(None)
-        return threads
+    def dismiss(self) -> None:
+        """Let the threads end when they have done their jobs; there will be no more."""
+        self._jobs.put(None)
+
+    def join(self) -> None:
+        for thread in list(self._threads):
+            thread.join()
 
     def __del__(self) -> None:
         self.dismiss()
@@ -152,6 +153,7 @@ def _serve(jobs: "SimpleQueue[_Job | None]") -> None:
     while (job := jobs.get()) is not None:
         job.help()
         del job  # what it refers to may be freed before the next one comes
+    jobs.put(None)  # for the others, however many there are
 
 
 class _Own(threading.local):
@@ -166,9 +168,11 @@ _own = _Own()
 @atexit.register
 def _dismiss_all() -> None:
     # A daemon thread in compiled code while the interpreter is torn down could crash it.
-    for helpers in list(_all_helpers):
-        for thread in helpers.dismiss():
-            thread.join()
+    everybody = list(_all_helpers)
+    for helpers in everybody:
+        helpers.dismiss()
+    for helpers in everybody:
+        helpers.join()
 
 
 def _forget_helpers() -> None:
