@@ -105,6 +105,17 @@ def _copied_variable(parameter: Array, name: str, m: Array, u: Array) -> Variabl
     return variable
 
 
+@dataclass(slots=True)
+class Scalars:
+    """What all launches of a step are given."""
+
+    step_size: float
+    decay: float
+    scales: Float64Array  # what the gradient of each pair is multiplied by
+    coefficients: Coefficients
+    threads: int
+
+
 class Update:
     """One step of one parameter, checked.
 
@@ -237,22 +248,16 @@ class RowsUpdate(Update):
             threads,
         )
 
-    def launch(
-        self,
-        step_size: float,
-        decay: float,
-        scales: Float64Array,
-        coefficients: Coefficients,
-        threads: int,
-    ) -> None:
+    def launch(self, step: Scalars) -> None:
         kernels().rows_step(
             self.variable.storage,
             self.groups,
             np.array(self.addresses(), np.int64),
             self.row_length,
-            np.array([step_size, decay, scales[self.position], 0.0]),  # see Factor
-            coefficients,
-            threads,
+            # In the order of Factor.
+            np.array([step.step_size, step.decay, step.scales[self.position], 0.0]),
+            step.coefficients,
+            step.threads,
         )
 
 
@@ -278,27 +283,28 @@ class DenseLaunch:
         read = self.addresses[:, 3].copy()
         return kernels().dense_square_sums(self.storage, read, self.lengths, threads)
 
-    def launch(
-        self,
-        step_size: float,
-        decay: float,
-        scales: Float64Array,
-        coefficients: Coefficients,
-        threads: int,
-    ) -> None:
+    def launch(self, step: Scalars) -> None:
         factors = np.zeros((len(self.lengths), len(Factor)))
-        factors[:, Factor.STEP_SIZE] = step_size
-        factors[:, Factor.DECAY] = decay
-        factors[:, Factor.SCALE] = scales[self.positions]
+        factors[:, Factor.STEP_SIZE] = step.step_size
+        factors[:, Factor.DECAY] = step.decay
+        factors[:, Factor.SCALE] = step.scales[self.positions]
         kernels().dense_step(
-            self.storage, self.addresses, self.lengths, factors, coefficients, threads
+            self.storage,
+            self.addresses,
+            self.lengths,
+            factors,
+            step.coefficients,
+            step.threads,
         )
 
 
-def prepared(updates: Sequence[Update], written: Ranges) -> list[DenseLaunch | RowsUpdate]:
+Launch: TypeAlias = DenseLaunch | RowsUpdate
+
+
+def prepared(updates: Sequence[Update], written: Ranges) -> list[Launch]:
     """The launches for ``updates``; all memory that they need has been allocated."""
     dense: dict[Storage, list[DenseUpdate]] = {}
-    launches: list[DenseLaunch | RowsUpdate] = []
+    launches: list[Launch] = []
     for update in updates:
         update.prepare(written)
         if isinstance(update, DenseUpdate):
@@ -392,7 +398,7 @@ class KnownBatch:
 
 
 def clip_factors(
-    launches: Iterable[DenseLaunch | RowsUpdate],
+    launches: Iterable[Launch],
     count: int,
     hyperparameters: Hyperparameters,
     threads: int,

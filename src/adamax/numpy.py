@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self, TypeAlias
@@ -14,10 +13,11 @@ import numpy.typing as npt
 from . import _rule
 from ._arrays import (
     Array,
-    DenseLaunch,
     DenseUpdate,
     KnownBatch,
+    Launch,
     RowsUpdate,
+    Scalars,
     SparseGradient,
     Update,
     Variable,
@@ -203,15 +203,17 @@ class Adamax:
             hyperparameters.learning_rate, self._iterations
         )
         gradients, parameters = _split(grads_and_vars)
-        coefficients, threads = Coefficients.of(hyperparameters), get_num_threads()
+        threads = get_num_threads()
         launches, updates = self._prepared(gradients, parameters)
-        step_size = _rule.step_size(
-            learning_rate, hyperparameters.beta_1, self._iterations + 1
+        step = Scalars(
+            _rule.step_size(learning_rate, hyperparameters.beta_1, self._iterations + 1),
+            _rule.decay_factor(learning_rate, hyperparameters.weight_decay),
+            clip_factors(launches, len(parameters), hyperparameters, threads),
+            Coefficients.of(hyperparameters),
+            threads,
         )
-        decay = _rule.decay_factor(learning_rate, hyperparameters.weight_decay)
-        scales = clip_factors(launches, len(parameters), hyperparameters, threads)
         for part in launches:
-            part.launch(step_size, decay, scales, coefficients, threads)
+            part.launch(step)
         for update in updates:
             update.finish()
         self._iterations += 1
@@ -219,36 +221,39 @@ class Adamax:
 
     def _prepared(
         self, gradients: Sequence[Any], parameters: Sequence[Array]
-    ) -> tuple[Sequence[DenseLaunch | RowsUpdate], Sequence[Update]]:
+    ) -> tuple[Sequence[Launch], Sequence[Update]]:
         """The launches of a step, and the updates to finish when they are done.
 
         All that can fail, fails here.
         """
-        if set(map(type, gradients)) == {np.ndarray}:
-            known = self._known.launch(gradients, parameters, slice(None), self._written)
-            if known is not None:
-                return [known], []
-        sparse = list(map(is_sparse, gradients))
-        dense = [position for position, rows in enumerate(sparse) if not rows]
-        examined: Sequence[int] = list(compress(range(len(sparse)), sparse))
-        known = self._known.launch(
-            [gradients[i] for i in dense],
-            [parameters[i] for i in dense],
-            dense,
-            self._written,
+        everything = range(len(parameters))
+        plain = set(map(type, gradients)) == {np.ndarray}  # hundreds are quickly seen
+        sparse: set[int] = (
+            set() if plain else {i for i in everything if is_sparse(gradients[i])}
         )
+        if sparse:
+            dense = [i for i in everything if i not in sparse]
+            known = self._known.launch(
+                [gradients[i] for i in dense],
+                [parameters[i] for i in dense],
+                dense,
+                self._written,
+            )
+        else:
+            known = self._known.launch(gradients, parameters, slice(None), self._written)
+        examined: Sequence[int] = sorted(sparse)
         if known is None or self._known.holds(parameters[i] for i in examined):
-            known, examined = None, range(len(parameters))
+            known, examined = None, everything
         variables = self._checked_variables([parameters[i] for i in examined])
         updates = [
-            (RowsUpdate if sparse[i] else DenseUpdate)(gradients[i], variable, i)
+            (RowsUpdate if i in sparse else DenseUpdate)(gradients[i], variable, i)
             for i, variable in zip(examined, variables, strict=True)
         ]
         self._adopt(variables)
         launches = prepared(updates, self._written)
         if known is not None:
             return [known, *launches], updates
-        if dense:
+        if len(sparse) < len(parameters):
             self._known = KnownBatch(updates)
         return launches, updates
 

@@ -23,7 +23,6 @@ class Ranges:
         self._ends = addresses[order] + sizes[order]
         # One more, behind the last end, that nothing reaches.
         self._starts = np.append(addresses[order], np.iinfo(np.int64).max)
-        self._start_list, self._end_list = self._starts.tolist(), self._ends.tolist()
         self.lie_apart = not (self._ends[:-1] > self._starts[1:-1]).any()
 
     def overlap(self, addresses: Int64Array, sizes: Int64Array) -> bool:
@@ -33,10 +32,8 @@ class Ranges:
         return bool((self._starts[place] < addresses + sizes).any())
 
     def overlap_one(self, address: int, size: int) -> bool:
-        """:meth:`overlap` for one range, without the cost of arrays."""
-        place = bisect_right(self._end_list, address)
-        start: int = self._start_list[place]
-        return start < address + size
+        """:meth:`overlap` for one range, without making arrays."""
+        return bool(self._starts[bisect_right(self._ends, address)] < address + size)
 
 
 def zeros_beside(
