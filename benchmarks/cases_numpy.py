@@ -3,43 +3,28 @@
 from functools import partial
 from typing import Any
 
-from . import contestants
+from . import contestants, torch_peers
 from .harness import SECONDS_FOR_MEMORY, Below, Case, Contestant, CostsAtMost, Faster
 from .meters import GROWTH_OF_PEAK, SECONDS, TRACED_PEAK, Meter
-from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, MOVE, SPARSE_ADAM
-from .workloads import Dense, Sparse, Startup
+from .oracle import ADAMAX, LAZY_ADAMAX, MOVE
+from .workloads import ROWS, Dense, Sparse, Startup
 
 OURS = "adamax"
-FOREACH = "torch Adamax (foreach)"
-FOR_LOOP = "torch Adamax (for loop)"
-FUSED_ADAM = "torch Adam (fused)"
-SPARSE_ADAM_OF_TORCH = "torch SparseAdam"
 LIMIT = "memory limit"
 TF_KERAS = "tf_keras Adamax"
 KERAS = "keras Adamax"
-
-_ROWS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}
 
 
 def _dense(work: Dense) -> tuple[Contestant, ...]:
     return (
         Contestant(OURS, contestants.NumpyAdamax, work, ADAMAX, ours=True),
-        Contestant(FOREACH, partial(contestants.torch_adamax, foreach=True), work, ADAMAX),
-        Contestant(
-            FOR_LOOP, partial(contestants.torch_adamax, foreach=False), work, ADAMAX
-        ),
-        Contestant(FUSED_ADAM, contestants.torch_fused_adam, work, ADAM),
+        *torch_peers.dense(work),
         Contestant(LIMIT, contestants.MemoryLimit, work, MOVE),
     )
 
 
 def _ours(work: Sparse, name: str = OURS, meter: Meter = SECONDS) -> Contestant:
     return Contestant(name, contestants.NumpyAdamax, work, LAZY_ADAMAX, True, meter)
-
-
-def _sparse_adam(work: Sparse) -> Contestant:
-    make = contestants.torch_sparse_adam
-    return Contestant(SPARSE_ADAM_OF_TORCH, make, work, SPARSE_ADAM)
 
 
 def _keras(work: Sparse) -> tuple[Contestant, ...]:
@@ -60,14 +45,14 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
     kind = "Zipf" if zipf else "uniform"
     name = f"sparse-{kind.lower()}"
     title = f"4096 {kind} ids into rows of 64"
-    tables = {size: Sparse(rows, zipf=zipf) for size, rows in _ROWS.items()}
+    tables = {size: Sparse(rows, zipf=zipf) for size, rows in ROWS.items()}
     ours = {size: f"{OURS}, {size} rows" for size in tables}
     beside_torch = tuple(
         Case(
             f"{name}-{size}",
             f"{title}, table of {size} rows",
-            (_ours(table), _sparse_adam(table)),
-            (Faster(OURS, (SPARSE_ADAM_OF_TORCH,), 5),) if size == "1e6" else (),
+            (_ours(table), torch_peers.sparse(table)),
+            (Faster(OURS, (torch_peers.SPARSE,), 5),) if size == "1e6" else (),
             rounds=21,
             settle=SECONDS_FOR_MEMORY,
             steps=6,
@@ -100,7 +85,7 @@ def _sparse(zipf: bool) -> tuple[Case, ...]:
 
 
 def _memory() -> Case:
-    table = Sparse(_ROWS["1e7"])
+    table = Sparse(ROWS["1e7"])
     resident, allocated = f"{OURS}, resident", f"{OURS}, allocated"
     limit = 0.01 * table.table_bytes
     return Case(
@@ -113,6 +98,7 @@ def _memory() -> Case:
         ),
         rounds=100,
         warm_ups=0,  # the first step counts
+        steps=1,
     )
 
 
@@ -158,8 +144,8 @@ CASES = (
         "One array of 32 Mi float32",
         _dense(Dense(arrays=1, length=32 << 20)),
         (
-            Faster(OURS, (FOREACH, FOR_LOOP), 3.3),
-            Faster(OURS, (FUSED_ADAM,), 0.95),
+            Faster(OURS, (torch_peers.FOREACH, torch_peers.FOR_LOOP), 3.3),
+            Faster(OURS, (torch_peers.FUSED_ADAM,), 0.95),
             Faster(OURS, (LIMIT,), 0.9),
         ),
         rounds=15,
@@ -169,7 +155,7 @@ CASES = (
         "dense-many",
         "300 arrays of 4096 float32 in one call",
         _dense(Dense(arrays=300, length=4096)),
-        (Faster(OURS, (FOREACH,), 5),),
+        (Faster(OURS, (torch_peers.FOREACH,), 5),),
         rounds=21,
         steps=6,
     ),

@@ -1,11 +1,11 @@
 """Factories of contestants. A framework is imported when its contestant is made."""
 
 import functools
+import importlib
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,9 @@ class NumpyAdamax:
 
 
 class Torch:
-    """An optimizer with the protocol of ``torch.optim``."""
+    """An optimizer with the protocol of ``torch.optim``, by its full name."""
 
-    def __init__(self, work: TableWork, optimizer: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, work: TableWork, optimizer: str, **options: Any) -> None:
         import torch
 
         torch.set_num_threads(THREADS)
@@ -62,7 +62,11 @@ class Torch:
         self._parameters = [
             torch.nn.Parameter(torch.from_numpy(array)) for array in work.initial()
         ]
-        self._optimizer = optimizer(torch.optim, self._parameters)
+        module, _, name = optimizer.rpartition(".")
+        make = getattr(importlib.import_module(module), name)
+        self._optimizer = make(
+            self._parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, **options
+        )
 
     def take(self, draw: list[Gradient]) -> None:
         for parameter, gradient in zip(self._parameters, draw, strict=True):
@@ -81,45 +85,6 @@ class Torch:
 
     def parameters(self) -> list[Array]:
         return [parameter.detach().numpy() for parameter in self._parameters]
-
-
-def torch_adamax(work: TableWork, *, foreach: bool) -> Torch:
-    return Torch(
-        work,
-        lambda optim, parameters: optim.Adamax(
-            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, foreach=foreach
-        ),
-    )
-
-
-def adamax_torch(work: TableWork) -> Torch:
-    """Ours, for PyTorch."""
-    from adamax.torch import Adamax
-
-    return Torch(
-        work,
-        lambda optim, parameters: Adamax(
-            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON
-        ),
-    )
-
-
-def torch_fused_adam(work: TableWork) -> Torch:
-    return Torch(
-        work,
-        lambda optim, parameters: optim.Adam(
-            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, fused=True
-        ),
-    )
-
-
-def torch_sparse_adam(work: TableWork) -> Torch:
-    return Torch(
-        work,
-        lambda optim, parameters: optim.SparseAdam(
-            parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON
-        ),
-    )
 
 
 class TensorFlow:

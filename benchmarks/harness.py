@@ -140,7 +140,7 @@ class Case:
     bars: tuple[Bar, ...] = ()
     rounds: int = 15
     warm_ups: int = 2
-    steps: int = 2  # of each contestant in a round; all but the first are timed
+    steps: int = 2  # of each contestant in a round; the first counts if it is the only one
     settle: float = 0.0  # seconds between the warm-ups and the rounds
     note: str = ""
 
@@ -220,16 +220,15 @@ def _measure(case: Case) -> tuple[Samples, Mapping[str, float]]:
         ):
             # Steps follow one another in training: the caches hold the contestant's code
             # and data from its own last step, not from those of the others.
-            first, *others = draws[contestant.work]
-            entry.take(first)
-            entry.step()
-            _keep_cores_busy(executor, _SECONDS_TO_SETTLE)
-            times = []
-            for draw in others:
+            measured = []
+            for position, draw in enumerate(draws[contestant.work]):
                 entry.take(draw)
-                times.append(measure(entry.step))
+                if position == 1:
+                    _keep_cores_busy(executor, _SECONDS_TO_SETTLE)
+                measured.append(measure(entry.step))
             if number >= 0:
-                samples[contestant.name].append(float(np.median(times)))
+                sample = np.median(measured[1:] or measured)
+                samples[contestant.name].append(float(sample))
     errors = {
         c.name: streams[c.work].error(c.rule, entry.parameters())
         for c, entry in zip(case.contestants, entries, strict=True)
