@@ -4,7 +4,7 @@ Frameworks are imported by the tests that need them, through the fixtures below.
 one skips its tests, unless ``ADAMAX_REQUIRE_FRAMEWORKS=1`` says that it must be there.
 """
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -72,6 +72,18 @@ def use_threads() -> Iterator[Callable[[int], None]]:
     before = adamax.get_num_threads()
     yield adamax.set_num_threads
     adamax.set_num_threads(before)
+
+
+def load_example(path: Path) -> ModuleType:
+    """An example as a module; those beside it can be imported meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 RunPython = Callable[..., str]

@@ -1,6 +1,5 @@
 """The example that compares optimizers on a next-word model."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
+from conftest import load_example
 
 for needed in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
@@ -26,14 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def example(torch: ModuleType) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLE.parent)
-        spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+    return load_example(EXAMPLE)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The example that trains word vectors: what it learns, writes, resumes and refuses."""
 
-import importlib.util
 import itertools
 import os
 import re
@@ -15,6 +14,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from conftest import load_example
+
 for needed in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
@@ -26,12 +27,7 @@ SUBJECTS = ["tree", "ship", "star", "bread", "song", "river", "wheel", "été"]
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("word_vectors", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example(EXAMPLE)
 
 
 @pytest.fixture(scope="module")
