@@ -61,6 +61,7 @@ _INTERVALS: Mapping[str, _Interval] = MappingProxyType(
         "beta_2": _Interval(0.0, 1.0),
         "epsilon": _Interval(_SMALLEST_EPSILON),
         "weight_decay": _Interval(0.0),
+        "loss_scale_factor": _Interval(0.0, includes_low=False),
         **{name: _Interval(0.0, includes_low=False) for name in CLIPPING},
     }
 )

@@ -1,0 +1,106 @@
+"""What :class:`adamax.keras.Adamax` does on Keras' PyTorch back end."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from ._rule import checked_number
+from ._torch_paths import Batch, KnownTensors
+from .torch import _prepare
+
+
+class BackendOptimizer(keras.optimizers.Optimizer):
+    """Updates by the kernels of :class:`adamax.torch.Adamax`."""
+
+    def build(self, variables: Sequence[Any]) -> None:
+        super().build(variables)
+        # The kernels count steps of a parameter; Keras counts those of an optimizer.
+        self._step_counts = torch.zeros(len(variables), dtype=torch.float64)
+        self._steps = list(self._step_counts.unbind())
+        self._known: dict[float, KnownTensors] = {}
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        if self.gradient_accumulation_steps:  # the accumulators are dense
+            grads = [g.to_dense() if _is_sparse(g) else g for g in grads]
+        super().apply(grads, trainable_variables)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        lr = checked_number("learning_rate", float(keras.ops.convert_to_numpy(learning_rate)))
+        self._step_counts.fill_(int(self.iterations))
+        batches: dict[float, Batch] = {}
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            weight_decay = self._weight_decay_of(variable)
+            batch = batches.setdefault(weight_decay, Batch([], [], [], [], []))
+            m, u = self._state_of(variable)
+            row = (
+                variable.value,
+                _checked(gradient, variable),
+                m.value,
+                u.value,
+                self._steps[self._get_variable_index(variable)],
+            )
+            for tensors, tensor in zip(batch.lists(), row, strict=True):
+                tensors.append(tensor)
+        work = []
+        for weight_decay, batch in batches.items():
+            known = self._known.setdefault(weight_decay, KnownTensors())
+            work += _prepare(batch, self._group(lr, weight_decay), 1.0, known)
+        for part in work:
+            part()
+
+    def _group(self, lr: float, weight_decay: float) -> dict[str, Any]:
+        """Options as :class:`adamax.torch.Adamax` has them."""
+        return {
+            "lr": lr,
+            "betas": (self.beta_1, self.beta_2),
+            "eps": self.epsilon,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": True,
+            "foreach": None,
+            "fused": None,
+            "maximize": False,
+            "capturable": False,
+            "differentiable": False,
+            "sparse": "lazy",
+        }
+
+    @torch.no_grad()
+    def _backend_increment_gradient_accumulators(
+        self, grads: Sequence[Any], acc_grads: Sequence[Any]
+    ) -> None:
+        torch._foreach_add_([accumulator.value for accumulator in acc_grads], grads)
+
+
+def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The values of a gradient, with repeated rows summed, and what puts them back."""
+    if not _is_sparse(gradient):
+        return gradient, lambda values: values
+    gradient = gradient.coalesce()
+
+    def with_values(values: Tensor) -> Tensor:
+        return torch.sparse_coo_tensor(
+            gradient.indices(), values, gradient.shape, is_coalesced=True
+        )
+
+    return gradient.values(), with_values
+
+
+def _is_sparse(gradient: Any) -> bool:
+    return isinstance(gradient, Tensor) and gradient.layout is torch.sparse_coo
+
+
+def _checked(gradient: Any, variable: Any) -> Tensor:
+    tensor: Tensor = keras.ops.convert_to_tensor(gradient)
+    if tensor.shape != variable.value.shape:
+        raise ValueError(
+            f"the gradient of variable {variable.name!r} must have the shape "
+            f"{tuple(variable.shape)}, got {tuple(tensor.shape)}"
+        )
+    return tensor

@@ -1,0 +1,247 @@
+"""Adamax for Keras 3, on its TensorFlow, JAX and PyTorch back ends."""
+
+import importlib
+import inspect
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from ._rule import Coefficients, Hyperparameters, checked_number, reject_unknown
+
+if TYPE_CHECKING:
+    from ._keras_tensorflow import BackendOptimizer, summed
+elif keras.backend.backend() in ("tensorflow", "jax", "torch"):
+    _backend = importlib.import_module(f"adamax._keras_{keras.backend.backend()}")
+    BackendOptimizer, summed = _backend.BackendOptimizer, _backend.summed
+else:
+    raise ImportError(
+        "adamax.keras needs tensorflow, jax or torch as the back end of Keras, got "
+        f"{keras.backend.backend()!r}"
+    )
+
+__all__ = ["Adamax"]
+
+
+@keras.saving.register_keras_serializable(package="adamax")
+class Adamax(BackendOptimizer):
+    r"""Adamax (Adam with the infinity norm), a drop-in for ``keras.optimizers.Adamax``.
+
+    For the gradient :math:`g` of a variable :math:`w` at step :math:`t = 1, 2, \dots`:
+
+    .. math::
+        m &\leftarrow m + (1 - \beta_1) (g - m) \\
+        u &\leftarrow \max(\beta_2 u, |g|) \\
+        w &\leftarrow (1 - \alpha \lambda) w
+            - \frac{\alpha}{1 - \beta_1^t} \cdot \frac{m}{u + \epsilon}
+
+    with the learning rate :math:`\alpha` and the weight decay :math:`\lambda`.
+
+    On the TensorFlow back end the gradient of an embedding, or of anything that comes from
+    ``tf.gather``, is a ``tf.IndexedSlices``. As ``tf.keras`` documents, and Keras 3 no
+    longer does, it updates the rows whose index is present, of the variable and of its
+    state, at a cost that does not depend on the size of the table; other rows stay as they
+    are. Indices that repeat are summed first. Clipping sees the summed gradient, and weight
+    decay reaches the rows that are updated. On the PyTorch back end sparse COO tensors mean
+    the same. On the JAX back end all gradients are dense.
+
+    Some options work on whole variables by their nature, and make a sparse update cost as
+    much as a dense one: ``use_ema``, constraints, and ``gradient_accumulation_steps``, after
+    which the gradient that is applied is dense.
+
+    Args:
+        learning_rate: a float, a tensor of one number, in [0, inf), a
+            ``keras.optimizers.schedules.LearningRateSchedule``, or a function of no
+            arguments that returns the learning rate.
+        beta_1: float or constant tensor, the decay of :math:`m` per step, in [0, 1).
+        beta_2: float or constant tensor, the decay of :math:`u` per step, in [0, 1).
+        epsilon: added to :math:`u` in the denominator, at least the smallest normal
+            float32.
+        weight_decay: decoupled weight decay, in [0, inf); None for none.
+        clipnorm: largest norm of the gradient of each variable.
+        clipvalue: largest magnitude of each element of a gradient.
+        global_clipnorm: largest norm of all gradients together. At most one of the three
+            may be given, in (0, inf).
+        use_ema: whether to keep a moving average of the variables.
+        ema_momentum: decay of that average per step, in [0, 1].
+        ema_overwrite_frequency: after how many steps variables are set to their average;
+            None for only at the end of training.
+        loss_scale_factor: what the loss is multiplied by, and gradients are divided by;
+            None for 1.
+        gradient_accumulation_steps: how many gradients are averaged before each update;
+            None for 1.
+        name: name of the optimizer.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, NaN included, an unknown one, or more than
+            one kind of clipping.
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from adamax.keras import Adamax
+    >>> model = keras.Sequential([keras.layers.Embedding(100, 8), keras.layers.Dense(1)])
+    >>> model.compile(optimizer=Adamax(learning_rate=0.01), loss="mse")
+    >>> history = model.fit(np.array([[1], [7]]), np.array([[[0.0]], [[1.0]]]), verbose=0)
+    >>> int(model.optimizer.iterations.numpy())
+    1
+
+    Source: Kingma & Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7.1;
+    arguments as ``keras.optimizers.Adamax``, sparse gradients as
+    ``tf.keras.optimizers.legacy.Adamax``.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: Any = 0.9,
+        beta_2: Any = 0.999,
+        epsilon: float = 1e-7,
+        name: str = "Adamax",
+        *,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            reject_unknown(kwargs, inspect.signature(Adamax).parameters, "argument")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r}")
+        if not callable(learning_rate):
+            learning_rate = checked_number("learning_rate", learning_rate)
+        if use_ema and not 0 <= ema_momentum <= 1:
+            raise ValueError(f"ema_momentum must be in [0, 1], got {ema_momentum!r}")
+        if loss_scale_factor is not None:
+            checked_number("loss_scale_factor", loss_scale_factor)
+        super().__init__(
+            learning_rate=learning_rate,
+            name=name,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
+        self.beta_1 = checked_number("beta_1", beta_1)
+        self.beta_2 = checked_number("beta_2", beta_2)
+        self.epsilon = checked_number("epsilon", epsilon)
+        self._coefficients()
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the next step; a number or a schedule can be assigned."""
+        return self._get_current_learning_rate()
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        if isinstance(value, numbers.Real | np.ndarray | np.generic):
+            value = checked_number("learning_rate", value)
+        keras.optimizers.Optimizer.learning_rate.fset(self, value)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the state of ``variables``: ``momentum`` and ``norm`` of each, in turn."""
+        if self.built:
+            return
+        super().build(variables)
+        self._m, self._u = self.add_optimizer_variables(variables, ["momentum", "norm"])
+
+    def add_variable(
+        self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **options: Any
+    ) -> keras.Variable:
+        """Make a variable, see ``keras.optimizers.Optimizer``.
+
+        The momentum and the norm of a 16-bit variable are float32: in 16 bits the norm
+        could not decay.
+        """
+        is_state = str(options.get("name")).endswith(("_momentum", "_norm"))
+        if is_state and dtype in ("float16", "bfloat16"):
+            dtype = "float32"
+        return super().add_variable(shape, initializer, dtype, **options)
+
+    def _state_of(self, variable: Any) -> tuple[keras.Variable, keras.Variable]:
+        index = self._get_variable_index(variable)
+        return self._m[index], self._u[index]
+
+    def _coefficients(self) -> Coefficients:
+        """What all variables share. Attributes may have changed since the last step."""
+        return Coefficients.of(
+            Hyperparameters(
+                beta_1=self.beta_1,
+                beta_2=self.beta_2,
+                epsilon=self.epsilon,
+                weight_decay=self.weight_decay or 0.0,
+                clipnorm=self.clipnorm,
+                clipvalue=self.clipvalue,
+                global_clipnorm=self.global_clipnorm,
+            )
+        )
+
+    def _weight_decay_of(self, variable: Any) -> float:
+        return (self._use_weight_decay(variable) and self.weight_decay) or 0.0
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        """Nothing: it is a part of the update, so that it reaches the same rows."""
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
+        if self.clipnorm is self.clipvalue is self.global_clipnorm is None:
+            return list(grads)
+        values, put_back = zip(*map(summed, grads), strict=True)
+        clipped = super()._clip_gradients(values)
+        return [put(value) for put, value in zip(put_back, clipped, strict=True)]
+
+    def get_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` makes the same optimizer of, without its state."""
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+        }
+
+    @classmethod
+    def from_keras(cls, optimizer: keras.optimizers.Adamax) -> "Adamax":
+        """An optimizer that goes on where a ``keras.optimizers.Adamax`` stopped.
+
+        It has the configuration of ``optimizer`` and, if that has been built, a copy of its
+        state, for the same variables. The two differ only in what sparse gradients mean.
+
+        Args:
+            optimizer: for instance that of a model that ``keras.models.load_model`` read.
+
+        Raises:
+            TypeError: ``optimizer`` is something else.
+
+        >>> import keras
+        >>> from adamax.keras import Adamax
+        >>> variable = keras.Variable([1.0, 2.0])
+        >>> old = keras.optimizers.Adamax(learning_rate=0.5)
+        >>> old.apply([keras.ops.ones(2)], [variable])
+        >>> new = Adamax.from_keras(old)
+        >>> new.apply([keras.ops.ones(2)], [variable])
+        >>> [round(float(x), 4) for x in keras.ops.convert_to_numpy(variable)]
+        [0.0, 1.0]
+        """
+        if not isinstance(optimizer, keras.optimizers.Adamax):
+            hint = ""
+            if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                hint = "; pass its inner_optimizer"
+            raise TypeError(f"optimizer must be a keras.optimizers.Adamax, got {optimizer!r}{hint}")
+        new = cls.from_config(optimizer.get_config())
+        if optimizer.built:
+            new.build(optimizer._trainable_variables)
+            for target, source in zip(new.variables, optimizer.variables, strict=True):
+                target.assign(source)
+        return new
