@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from . import cases_numpy, cases_torch, report
+from . import cases_keras, cases_numpy, cases_torch, report
 from .harness import Case, Result, run
 from .meters import CannotMeasureError
 
 PARTS: dict[str, tuple[Case, ...]] = {
     "numpy": cases_numpy.CASES,
     "torch": cases_torch.CASES,
+    "keras": cases_keras.CASES,
 }
 
 _RESULTS = Path(__file__).parent / "results"

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from . import contestants, torch_peers
+from .contestants_keras import TensorFlow
 from .harness import SECONDS_FOR_MEMORY, Below, Case, Contestant, CostsAtMost, Faster
 from .meters import GROWTH_OF_PEAK, SECONDS, TRACED_PEAK, Meter
 from .oracle import ADAMAX, LAZY_ADAMAX, MOVE
@@ -29,15 +30,19 @@ def _ours(work: Sparse, name: str = OURS, meter: Meter = SECONDS) -> Contestant:
 
 def _keras(work: Sparse) -> tuple[Contestant, ...]:
     """Keras' rule for a sparse gradient moves all rows of the table."""
+    keras_peers = {
+        TF_KERAS: "tf_keras.optimizers.Adamax",
+        KERAS: "keras.optimizers.Adamax",
+    }
     return tuple(
         Contestant(
             f"{name} (XLA)" if xla else name,
-            partial(contestants.TensorFlow, package=name.split()[0], xla=xla),
+            partial(TensorFlow, optimizer=optimizer, xla=xla),
             work,
             ADAMAX,
         )
         for xla in (False, True)
-        for name in (TF_KERAS, KERAS)
+        for name, optimizer in keras_peers.items()
     )
 
 

@@ -1,6 +1,5 @@
 """Factories of contestants. A framework is imported when its contestant is made."""
 
-import functools
 import importlib
 import itertools
 import os
@@ -85,60 +84,6 @@ class Torch:
 
     def parameters(self) -> list[Array]:
         return [parameter.detach().numpy() for parameter in self._parameters]
-
-
-class TensorFlow:
-    """Adamax of tf_keras or of Keras 3 on TensorFlow, in a ``tf.function``."""
-
-    def __init__(self, work: TableWork, package: str, *, xla: bool = False) -> None:
-        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import tensorflow as tf
-
-        _limit_tensorflow()
-        self._tf = tf
-        if package == "keras":
-            from keras import Variable
-            from keras.optimizers import Adamax
-        else:
-            from tensorflow import Variable
-            from tf_keras.optimizers import Adamax
-
-        optimizer = Adamax(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
-        self._variables = [Variable(array) for array in work.initial()]
-        optimizer.build(self._variables)
-
-        @tf.function(jit_compile=xla)
-        def step(gradients: Any) -> Any:
-            optimizer.apply_gradients(zip(gradients, self._variables, strict=True))
-            return tf.convert_to_tensor(optimizer.iterations)
-
-        self._step = step
-
-    def take(self, draw: list[Gradient]) -> None:
-        variables = zip(draw, self._variables, strict=True)
-        self._gradients = [self._tensor(g, variable.shape) for g, variable in variables]
-
-    def _tensor(self, gradient: Gradient, shape: Any) -> Any:
-        constant = self._tf.constant
-        if isinstance(gradient, Rows):
-            return self._tf.IndexedSlices(
-                constant(gradient.values), constant(gradient.ids), constant(tuple(shape))
-            )
-        return constant(gradient)
-
-    def step(self) -> None:
-        self._step(self._gradients).numpy()  # waits for the step
-
-    def parameters(self) -> list[Array]:
-        return [np.asarray(variable) for variable in self._variables]
-
-
-@functools.cache
-def _limit_tensorflow() -> None:
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
 
 
 class MemoryLimit:

@@ -178,6 +178,49 @@ class _SparseStream:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """An epoch of a model that looks up ``ids`` rows for each of its examples."""
+
+    rows: int
+    width: int = 32
+    ids: int = 16
+    batch: int = 64
+    batches: int = 20
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.batches} batches of {self.batch}, {self.rows:,} x {self.width} float32"
+        )
+
+    @property
+    def memory(self) -> int:
+        return 4 * 4 * self.rows * self.width
+
+    def toy(self) -> Self:
+        return replace(self, rows=self.rows // 1000, batches=2)
+
+    def stream(self, rules: Iterable[Rule]) -> "_Examples":
+        return _Examples(self)
+
+
+class _Examples:
+    def __init__(self, work: Epoch) -> None:
+        self._work = work
+        self._random = np.random.default_rng(_SEED)
+
+    def draw(self) -> tuple[Array, Array, int]:
+        """Ids, targets and the size of a batch."""
+        work, random = self._work, self._random
+        count = work.batch * work.batches
+        ids = random.integers(0, work.rows, (count, work.ids))
+        return ids, random.random((count, 1)), work.batch
+
+    def error(self, rule: Rule, parameters: Sequence[Array]) -> float:
+        raise NotImplementedError("contestants draw their own initial parameters")
+
+
+@dataclass(frozen=True)
 class Startup:
     """A first step in a new process; every round has a new directory for compiled code."""
 

@@ -18,9 +18,9 @@ from ._rule import Coefficients, decay_factor
 
 # From this many elements on, a compiled update pays.
 _LARGE = 2**16
-# Where the number of rows varies from call to call, it is raised to one of these, so that
-# only so many functions are compiled.
-_ROW_COUNTS = tuple(2**k for k in range(4, 31))
+# Where the number of indices varies from call to call, it is raised to one of these, so
+# that only so many functions are compiled.
+_COUNTS = tuple(2**k for k in range(4, 31))
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
@@ -44,16 +44,18 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         learning_rate = tf.cast(learning_rate, tf.float64)
         size = step_size(learning_rate, self.beta_1, self.iterations + 1, "float64")
         decay = decay_factor(learning_rate, self._weight_decay_of(variable))
+        scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype), self._coefficients()
+        large = _xla_serves() and variable.shape.num_elements() >= _LARGE
         if isinstance(gradient, tf.IndexedSlices):
-            step, parts = _rows_step, [gradient.indices, gradient.values]
+            step, given = _rows_step, [gradient.indices, gradient.values]
+            if large:
+                given = _in_fixed_number(*given, variable.shape[0])
+            given = [given[0], _row_sums(given[0], tf.cast(given[1], m.dtype))]
         else:
-            step, parts = _dense_step, [gradient]
-        if _xla_serves() and variable.shape.num_elements() >= _LARGE:
-            if step is _rows_step:
-                parts = _padded(*parts, rows=variable.shape[0])
-            step = _compiled(step, _kind(variable, *parts))
-        scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype)
-        step(variable, m, u, *parts, *scalars, self._coefficients())
+            step, given = _dense_step, [gradient]
+        if large:
+            step = _compiled(step, variable, *given)
+        step(variable, m, u, *given, *scalars)
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -76,17 +78,18 @@ class BackendOptimizer(keras.optimizers.Optimizer):
 def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The values of a gradient, with repeated rows summed, and what puts them back.
 
-    All but the first of the values of a row are zero then.
+    The first of the values of a row is their sum then, and the others are zero.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient, lambda values: values
-    indices, first, sums = _sums(gradient.indices, gradient.values)
-    first = tf.reshape(first, [-1] + [1] * (sums.shape.rank - 1))
-
-    def with_values(values: Any) -> tf.IndexedSlices:
-        return tf.IndexedSlices(values, indices, gradient.dense_shape)
-
-    return tf.where(first, sums, tf.zeros_like(sums)), with_values
+    values, indices = gradient.values, gradient.indices
+    _, place = tf.unique(indices)
+    positions = tf.range(tf.size(indices))
+    firsts = tf.math.unsorted_segment_min(positions, place, tf.size(indices))
+    first = tf.gather(firsts, place) == positions
+    first = tf.reshape(first, [-1] + [1] * (values.shape.rank - 1))
+    sums = tf.where(first, _row_sums(indices, values), tf.zeros_like(values))
+    return sums, lambda values: tf.IndexedSlices(values, indices, gradient.dense_shape)
 
 
 class _DivisibleSlices(tf.IndexedSlices):  # type: ignore[misc]
@@ -99,25 +102,34 @@ class _DivisibleSlices(tf.IndexedSlices):  # type: ignore[misc]
 
 def _divisible(gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
-        return _DivisibleSlices(gradient.values, gradient.indices, gradient.dense_shape)
+        parts = [gradient.values, gradient.indices]
+        if gradient.dense_shape is not None:
+            parts.append(gradient.dense_shape)
+        return _DivisibleSlices(*map(tf.convert_to_tensor, parts))
     return gradient
 
 
 def _checks(gradient: Any, variable: Any) -> list[Any]:
     """Operations that fail if the gradient does not fit the variable."""
-    expected, given = tf.TensorShape(variable.shape), gradient.shape
-    name = variable.name
-    if not expected.is_compatible_with(given):
-        raise ValueError(
-            f"the gradient of variable {name!r} must have the shape {expected}, got {given}"
-        )
+    expected, name = tf.TensorShape(variable.shape), variable.name
     if not isinstance(gradient, tf.IndexedSlices):
+        if not expected.is_compatible_with(gradient.shape):
+            raise ValueError(
+                f"the gradient of variable {name!r} must have the shape {expected}, "
+                f"got {gradient.shape}"
+            )
         return []
-    message = f"the indices of the gradient of variable {name!r} must be in [0, {expected[0]})"
-    rows = tf.constant(expected[0], gradient.indices.dtype)
+    indices, values = gradient.indices, gradient.values
+    expected_rows = tf.TensorShape(indices.shape).concatenate(expected[1:])
+    if not expected_rows.is_compatible_with(values.shape):
+        raise ValueError(
+            f"the values of the gradient of variable {name!r} must have the shape "
+            f"{expected_rows}, got {values.shape}"
+        )
+    message = f"the indices of the gradient of {name!r} must be in [0, {expected[0]})"
     return [
-        tf.debugging.assert_non_negative(gradient.indices, message),
-        tf.debugging.assert_less(gradient.indices, rows, message),
+        tf.debugging.assert_non_negative(indices, message),
+        tf.debugging.assert_less(indices, tf.constant(expected[0], indices.dtype), message),
     ]
 
 
@@ -148,28 +160,36 @@ def _rows_step(
     decay: Any,
     coefficients: Coefficients,
 ) -> None:
-    indices, _, g = _sums(indices, tf.cast(values, m.dtype))
-    rows = [tf.gather(variable, indices) for variable in (w, m, u)]
-    new = stepped(*rows, g, size, decay, coefficients)
-    # A row that is there several times is written several times, the same values.
+    """A step of some rows; those that repeat are written repeatedly, with equal values.
+
+    Shapes do not depend on what is in tensors, or XLA would not compile this well.
+    """
+    old = [tf.gather(variable, indices) for variable in (w, m, u)]
+    new = stepped(*old, values, size, decay, coefficients)
     for variable, value in zip((w, m, u), new, strict=True):
         variable.scatter_update(tf.IndexedSlices(value, indices))
 
 
-def _sums(indices: Any, values: Any) -> tuple[Any, Any, Any]:
-    """Sorted indices, which of them are the first of their row, and the sums of rows.
+def _row_sums(indices: Any, values: Any) -> Any:
+    """For each index, the sum of the values of its row."""
+    _, place = tf.unique(indices)
+    sums = tf.math.unsorted_segment_sum(values, place, tf.size(indices))
+    return tf.gather(sums, place)
 
-    All have as many entries as were given: the sum of a row is there for each of its
-    indices. Shapes that depend on the data would not compile well.
-    """
-    order = tf.argsort(indices, stable=True)
-    indices = tf.gather(indices, order)
-    first = tf.concat([tf.ones_like(indices[:1], tf.bool), indices[1:] != indices[:-1]], 0)
-    segments = tf.cumsum(tf.cast(first, tf.int32)) - 1
-    sums = tf.math.unsorted_segment_sum(
-        tf.gather(values, order), segments, tf.size(indices)
-    )
-    return indices, first, tf.gather(sums, segments)
+
+def _in_fixed_number(indices: Any, values: Any, rows: int) -> list[Any]:
+    """A gradient with rows added that are out of range, which XLA does not write."""
+    count = indices.shape[0]
+    if count is None:
+        count, sizes = tf.size(indices), tf.constant(_COUNTS)
+        wanted = tf.reduce_min(tf.where(sizes >= count, sizes, _COUNTS[-1]))
+    elif tf.executing_eagerly():
+        wanted = next(size for size in _COUNTS if size >= count)
+    else:
+        return [indices, values]  # always as many
+    paddings = [[0, wanted - count]] + [[0, 0]] * (values.shape.rank - 1)
+    padded = tf.pad(indices, paddings[:1], constant_values=rows)
+    return [padded, tf.pad(values, paddings)]
 
 
 @functools.cache
@@ -177,32 +197,16 @@ def _xla_serves() -> bool:
     return not (platform.system() == "Darwin" and platform.machine() == "arm64")
 
 
-def _kind(variable: Any, *parts: Any) -> tuple[Any, ...]:
-    tensors = [variable, *parts]
-    return tuple((tuple(t.shape.as_list()), t.dtype, t.device) for t in tensors)
+def _compiled(step: Callable[..., None], *arguments: Any) -> Any:
+    """``step``, compiled: a function of its own for each kind of ``arguments``.
+
+    One for all of them would be traced so often that TensorFlow warns.
+    """
+    kinds = [(tuple(t.shape.as_list()), t.dtype, t.device) for t in arguments]
+    return _compiled_for(step, *kinds)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(step: Callable[..., None], kind: Any) -> Callable[..., None]:
-    """A function of its own for each kind of arguments: one is enough for few traces."""
-    del kind
-    return tf.function(step, jit_compile=True, autograph=False)  # type: ignore[no-any-return]
-
-
-def _padded(indices: Any, values: Any, rows: int) -> list[Any]:
-    """The same rows with others added that are out of range, which XLA does not write."""
-    count = indices.shape[0]
-    if count is None:
-        sizes = tf.constant(_ROW_COUNTS)
-        count = tf.size(indices)
-        wanted = tf.gather(sizes, tf.searchsorted(sizes, count[None])[0])
-    elif tf.executing_eagerly():
-        wanted = next(size for size in _ROW_COUNTS if size >= count)
-    else:
-        return [indices, values]  # always as many: compiled once
-    padding = wanted - count
-    paddings = [[0, padding]] + [[0, 0]] * (values.shape.rank - 1)
-    return [
-        tf.pad(indices, paddings[:1], constant_values=rows),
-        tf.pad(values, paddings),
-    ]
+def _compiled_for(step: Callable[..., None], *kinds: Any) -> Any:
+    del kinds
+    return tf.function(step, jit_compile=True, autograph=False)

@@ -7,7 +7,6 @@ import keras
 import torch
 from torch import Tensor
 
-from ._rule import checked_number
 from ._torch_paths import Batch, KnownTensors
 from .torch import _prepare
 
@@ -32,7 +31,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
     ) -> None:
-        lr = checked_number("learning_rate", float(keras.ops.convert_to_numpy(learning_rate)))
+        lr = float(keras.ops.convert_to_numpy(learning_rate))
         self._step_counts.fill_(int(self.iterations))
         batches: dict[float, Batch] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):

@@ -48,8 +48,8 @@ class Adamax(BackendOptimizer):
     the same. On the JAX back end all gradients are dense.
 
     Some options work on whole variables by their nature, and make a sparse update cost as
-    much as a dense one: ``use_ema``, constraints, and ``gradient_accumulation_steps``, after
-    which the gradient that is applied is dense.
+    much as a dense one: ``use_ema``, constraints, and ``gradient_accumulation_steps``,
+    which applies dense gradients.
 
     Args:
         learning_rate: a float, a tensor of one number, in [0, inf), a
@@ -238,7 +238,9 @@ class Adamax(BackendOptimizer):
             hint = ""
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 hint = "; pass its inner_optimizer"
-            raise TypeError(f"optimizer must be a keras.optimizers.Adamax, got {optimizer!r}{hint}")
+            raise TypeError(
+                f"optimizer must be a keras.optimizers.Adamax, got {optimizer!r}{hint}"
+            )
         new = cls.from_config(optimizer.get_config())
         if optimizer.built:
             new.build(optimizer._trainable_variables)
