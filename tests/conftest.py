@@ -4,6 +4,7 @@ Frameworks are imported by the tests that need them, through the fixtures below.
 one skips its tests, unless ``ADAMAX_REQUIRE_FRAMEWORKS=1`` says that it must be there.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -23,6 +24,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# PyTorch imports Triton, and where TensorFlow was loaded before, that is a crash.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, max_examples=200

@@ -9,8 +9,12 @@ import pytest
 import adamax
 from conftest import framework
 
-NEEDS = {"adamax.torch": "torch", "adamax._torch_paths": "torch"}
-MODULES = [module.name for module in pkgutil.walk_packages(adamax.__path__, "adamax.")]
+NEEDS = {"adamax.torch": "torch", "adamax._torch_paths": "torch", "adamax.keras": "keras"}
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(adamax.__path__, "adamax.")
+    if not module.name.startswith("adamax._keras_")  # each for one back end of Keras
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -21,7 +25,9 @@ def test_examples(name):
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", ["adamax.numpy", "adamax.torch", "adamax._rule"])
+@pytest.mark.parametrize(
+    "name", ["adamax.numpy", "adamax.torch", "adamax.keras", "adamax._rule"]
+)
 def test_there_are_examples(name):
     if name in NEEDS:
         framework(NEEDS[name])

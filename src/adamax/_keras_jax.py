@@ -27,7 +27,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         old = variable.value, m.value, u.value
         new = stepped(*old, gradient, size, decay, self._coefficients())
         for target, value in zip((variable, m, u), new, strict=True):
-            target.assign(value)
+            self.assign(target, value)
 
 
 def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -1,5 +1,6 @@
 """The rule on tensors of Keras' TensorFlow and JAX back ends."""
 
+import math
 from typing import Any
 
 from keras import ops
@@ -12,8 +13,7 @@ def step_size(learning_rate: Any, beta_1: float, t: Any, dtype: str) -> Any:
     learning_rate = ops.cast(learning_rate, dtype)
     if beta_1 == 0.0:
         return learning_rate
-    exponent = ops.multiply(ops.cast(t, dtype), ops.log(ops.cast(beta_1, dtype)))
-    return ops.divide(learning_rate, ops.negative(ops.expm1(exponent)))
+    return learning_rate / -ops.expm1(ops.cast(t, dtype) * math.log(beta_1))
 
 
 def stepped(

@@ -53,9 +53,8 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             given = [given[0], _row_sums(given[0], tf.cast(given[1], m.dtype))]
         else:
             step, given = _dense_step, [gradient]
-        if large:
-            step = _compiled(step, variable, *given)
-        step(variable, m, u, *given, *scalars)
+        run = _run_compiled if large else _run
+        run(step, self._coefficients(), variable, m, u, *given, *scalars)
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -143,7 +142,7 @@ def _on_device_of(variable: Any, state: keras.Variable) -> Any:
 
 
 def _dense_step(
-    w: Any, m: Any, u: Any, g: Any, size: Any, decay: Any, coefficients: Coefficients
+    coefficients: Coefficients, w: Any, m: Any, u: Any, g: Any, size: Any, decay: Any
 ) -> None:
     new = stepped(w, m, u, g, size, decay, coefficients)
     for variable, value in zip((w, m, u), new, strict=True):
@@ -151,6 +150,7 @@ def _dense_step(
 
 
 def _rows_step(
+    coefficients: Coefficients,
     w: Any,
     m: Any,
     u: Any,
@@ -158,7 +158,6 @@ def _rows_step(
     values: Any,
     size: Any,
     decay: Any,
-    coefficients: Coefficients,
 ) -> None:
     """A step of some rows; those that repeat are written repeatedly, with equal values.
 
@@ -197,16 +196,23 @@ def _xla_serves() -> bool:
     return not (platform.system() == "Darwin" and platform.machine() == "arm64")
 
 
-def _compiled(step: Callable[..., None], *arguments: Any) -> Any:
-    """``step``, compiled: a function of its own for each kind of ``arguments``.
+def _run(step: Callable[..., None], coefficients: Coefficients, *arguments: Any) -> None:
+    step(coefficients, *arguments)
 
-    One for all of them would be traced so often that TensorFlow warns.
-    """
+
+def _run_compiled(
+    step: Callable[..., None], coefficients: Coefficients, *arguments: Any
+) -> None:
     kinds = [(tuple(t.shape.as_list()), t.dtype, t.device) for t in arguments]
-    return _compiled_for(step, *kinds)
+    key = (step, coefficients, tf.distribute.get_strategy(), *kinds)
+    if key not in _COMPILED:
+        function = tf.function(
+            functools.partial(step, coefficients), jit_compile=True, autograph=False
+        )
+        # Called by itself the function would warn, as it is traced for every kind.
+        _COMPILED[key] = function.get_concrete_function(*arguments)
+    _COMPILED[key](*arguments)
 
 
-@functools.lru_cache(maxsize=1024)
-def _compiled_for(step: Callable[..., None], *kinds: Any) -> Any:
-    del kinds
-    return tf.function(step, jit_compile=True, autograph=False)
+# By the kinds of their arguments.
+_COMPILED: dict[Any, Any] = {}

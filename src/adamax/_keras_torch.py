@@ -40,7 +40,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             m, u = self._state_of(variable)
             row = (
                 variable.value,
-                _checked(gradient, variable),
+                keras.ops.convert_to_tensor(gradient),
                 m.value,
                 u.value,
                 self._steps[self._get_variable_index(variable)],
@@ -85,7 +85,11 @@ def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
 
     def with_values(values: Tensor) -> Tensor:
         return torch.sparse_coo_tensor(
-            gradient.indices(), values, gradient.shape, is_coalesced=True
+            gradient.indices(),
+            values,
+            gradient.shape,
+            is_coalesced=True,
+            check_invariants=False,
         )
 
     return gradient.values(), with_values
@@ -93,13 +97,3 @@ def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 def _is_sparse(gradient: Any) -> bool:
     return isinstance(gradient, Tensor) and gradient.layout is torch.sparse_coo
-
-
-def _checked(gradient: Any, variable: Any) -> Tensor:
-    tensor: Tensor = keras.ops.convert_to_tensor(gradient)
-    if tensor.shape != variable.value.shape:
-        raise ValueError(
-            f"the gradient of variable {variable.name!r} must have the shape "
-            f"{tuple(variable.shape)}, got {tuple(tensor.shape)}"
-        )
-    return tensor

@@ -195,6 +195,13 @@ class Adamax(BackendOptimizer):
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Nothing: it is a part of the update, so that it reaches the same rows."""
 
+    def _backend_apply_gradients(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> None:
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            _check_shape(gradient, variable)
+        super()._backend_apply_gradients(grads, trainable_variables)
+
     def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
         if self.clipnorm is self.clipvalue is self.global_clipnorm is None:
             return list(grads)
@@ -231,7 +238,7 @@ class Adamax(BackendOptimizer):
         >>> old.apply([keras.ops.ones(2)], [variable])
         >>> new = Adamax.from_keras(old)
         >>> new.apply([keras.ops.ones(2)], [variable])
-        >>> [round(float(x), 4) for x in keras.ops.convert_to_numpy(variable)]
+        >>> variable.numpy().round(4).tolist()
         [0.0, 1.0]
         """
         if not isinstance(optimizer, keras.optimizers.Adamax):
@@ -241,9 +248,24 @@ class Adamax(BackendOptimizer):
             raise TypeError(
                 f"optimizer must be a keras.optimizers.Adamax, got {optimizer!r}{hint}"
             )
-        new = cls.from_config(optimizer.get_config())
+        new: Adamax = cls.from_config(optimizer.get_config())
         if optimizer.built:
             new.build(optimizer._trainable_variables)
             for target, source in zip(new.variables, optimizer.variables, strict=True):
                 target.assign(source)
         return new
+
+
+def _check_shape(gradient: Any, variable: Any) -> None:
+    expected, given, what = tuple(variable.shape), gradient, "gradient"
+    if hasattr(gradient, "dense_shape"):  # tf.IndexedSlices
+        given, what = gradient.values, "values of the gradient"
+        expected = (gradient.indices.shape[0], *expected[1:])
+    shape = tuple(given.shape)
+    pairs = zip(shape, expected, strict=False)
+    # Dimensions that are None are not known yet.
+    if len(shape) != len(expected) or any(None not in (a, b) and a != b for a, b in pairs):
+        raise ValueError(
+            f"the {what} of variable {variable.name!r} must have the shape {expected}, "
+            f"got {shape}"
+        )
