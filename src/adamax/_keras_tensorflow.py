@@ -29,14 +29,13 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         super().apply([_divisible(gradient) for gradient in grads], trainable_variables)
 
-    def _backend_update_step(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    def _backend_apply_gradients(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any]
     ) -> None:
         pairs = list(zip(grads, trainable_variables, strict=True))
         # Before anything is written.
-        checks = [check for pair in pairs for check in _checks(*pair)]
-        with tf.control_dependencies(checks):
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
+        with tf.control_dependencies([c for pair in pairs for c in _checks(*pair)]):
+            super()._backend_apply_gradients(grads, trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a ``tf.Variable`` and its state."""
@@ -44,13 +43,15 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         learning_rate = tf.cast(learning_rate, tf.float64)
         size = step_size(learning_rate, self.beta_1, self.iterations + 1, "float64")
         decay = decay_factor(learning_rate, self._weight_decay_of(variable))
-        scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype), self._coefficients()
+        scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype)
         large = _xla_serves() and variable.shape.num_elements() >= _LARGE
+        step: Callable[..., None]
+        given: list[Any]
         if isinstance(gradient, tf.IndexedSlices):
-            step, given = _rows_step, [gradient.indices, gradient.values]
+            indices, values = gradient.indices, tf.cast(gradient.values, m.dtype)
             if large:
-                given = _in_fixed_number(*given, variable.shape[0])
-            given = [given[0], _row_sums(given[0], tf.cast(given[1], m.dtype))]
+                indices, values = _in_fixed_number(indices, values, variable.shape[0])
+            step, given = _rows_step, [indices, _row_sums(indices, values)]
         else:
             step, given = _dense_step, [gradient]
         run = _run_compiled if large else _run
@@ -91,7 +92,7 @@ def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
     return sums, lambda values: tf.IndexedSlices(values, indices, gradient.dense_shape)
 
 
-class _DivisibleSlices(tf.IndexedSlices):  # type: ignore[misc]
+class _DivisibleSlices(tf.IndexedSlices):
     """Slices that can be divided by a loss scale."""
 
     def __truediv__(self, scale: Any) -> tf.IndexedSlices:
@@ -109,26 +110,14 @@ def _divisible(gradient: Any) -> Any:
 
 
 def _checks(gradient: Any, variable: Any) -> list[Any]:
-    """Operations that fail if the gradient does not fit the variable."""
-    expected, name = tf.TensorShape(variable.shape), variable.name
+    """Operations that fail if an index is out of range; XLA leaves them out."""
     if not isinstance(gradient, tf.IndexedSlices):
-        if not expected.is_compatible_with(gradient.shape):
-            raise ValueError(
-                f"the gradient of variable {name!r} must have the shape {expected}, "
-                f"got {gradient.shape}"
-            )
         return []
-    indices, values = gradient.indices, gradient.values
-    expected_rows = tf.TensorShape(indices.shape).concatenate(expected[1:])
-    if not expected_rows.is_compatible_with(values.shape):
-        raise ValueError(
-            f"the values of the gradient of variable {name!r} must have the shape "
-            f"{expected_rows}, got {values.shape}"
-        )
-    message = f"the indices of the gradient of {name!r} must be in [0, {expected[0]})"
+    indices, rows = gradient.indices, variable.shape[0]
+    message = f"the indices of the gradient of {variable.name!r} must be in [0, {rows})"
     return [
         tf.debugging.assert_non_negative(indices, message),
-        tf.debugging.assert_less(indices, tf.constant(expected[0], indices.dtype), message),
+        tf.debugging.assert_less(indices, tf.constant(rows, indices.dtype), message),
     ]
 
 
@@ -163,8 +152,8 @@ def _rows_step(
 
     Shapes do not depend on what is in tensors, or XLA would not compile this well.
     """
-    old = [tf.gather(variable, indices) for variable in (w, m, u)]
-    new = stepped(*old, values, size, decay, coefficients)
+    old_w, old_m, old_u = (tf.gather(variable, indices) for variable in (w, m, u))
+    new = stepped(old_w, old_m, old_u, values, size, decay, coefficients)
     for variable, value in zip((w, m, u), new, strict=True):
         variable.scatter_update(tf.IndexedSlices(value, indices))
 
@@ -196,6 +185,10 @@ def _xla_serves() -> bool:
     return not (platform.system() == "Darwin" and platform.machine() == "arm64")
 
 
+# Compiled functions, by the kinds of their arguments.
+_COMPILED: dict[Any, Any] = {}
+
+
 def _run(step: Callable[..., None], coefficients: Coefficients, *arguments: Any) -> None:
     step(coefficients, *arguments)
 
@@ -212,7 +205,3 @@ def _run_compiled(
         # Called by itself the function would warn, as it is traced for every kind.
         _COMPILED[key] = function.get_concrete_function(*arguments)
     _COMPILED[key](*arguments)
-
-
-# By the kinds of their arguments.
-_COMPILED: dict[Any, Any] = {}
