@@ -8,7 +8,7 @@ the variable copies it whole, and the forward pass of ``keras.layers.Embedding``
 import functools
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -45,7 +45,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         decay = decay_factor(learning_rate, self._weight_decay_of(variable))
         scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype)
         large = _xla_serves() and variable.shape.num_elements() >= _LARGE
-        step: Callable[..., None]
+        step: Any
         given: list[Any]
         if isinstance(gradient, tf.IndexedSlices):
             indices, values = gradient.indices, tf.cast(gradient.values, m.dtype)
@@ -54,8 +54,12 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             step, given = _rows_step, [indices, _row_sums(indices, values)]
         else:
             step, given = _dense_step, [gradient]
-        run = _run_compiled if large else _run
-        run(step, self._coefficients(), variable, m, u, *given, *scalars)
+        variables = [_Handle(v.handle, v.dtype) for v in (variable, m, u)]
+        if large:
+            function = _compiled(step, self._coefficients(), variables, *given, *scalars)
+            function([v.handle for v in variables], *given, *scalars)
+        else:
+            step(self._coefficients(), variables, *given, *scalars)
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -130,19 +134,41 @@ def _on_device_of(variable: Any, state: keras.Variable) -> Any:
 # --- Updates ---------------------------------------------------------------------------
 
 
+class _Handle(NamedTuple):
+    """A variable by its handle: a compiled function must not keep variables alive."""
+
+    handle: Any
+    dtype: Any
+
+    def read(self) -> Any:
+        return tf.raw_ops.ReadVariableOp(resource=self.handle, dtype=self.dtype)
+
+    def assign(self, value: Any) -> None:
+        tf.raw_ops.AssignVariableOp(resource=self.handle, value=value)
+
+    def gather(self, indices: Any) -> Any:
+        return tf.raw_ops.ResourceGather(
+            resource=self.handle, indices=indices, dtype=self.dtype
+        )
+
+    def scatter(self, indices: Any, values: Any) -> None:
+        tf.raw_ops.ResourceScatterUpdate(
+            resource=self.handle, indices=indices, updates=values
+        )
+
+
 def _dense_step(
-    coefficients: Coefficients, w: Any, m: Any, u: Any, g: Any, size: Any, decay: Any
+    coefficients: Coefficients, variables: Sequence[_Handle], g: Any, size: Any, decay: Any
 ) -> None:
+    w, m, u = (variable.read() for variable in variables)
     new = stepped(w, m, u, g, size, decay, coefficients)
-    for variable, value in zip((w, m, u), new, strict=True):
+    for variable, value in zip(variables, new, strict=True):
         variable.assign(value)
 
 
 def _rows_step(
     coefficients: Coefficients,
-    w: Any,
-    m: Any,
-    u: Any,
+    variables: Sequence[_Handle],
     indices: Any,
     values: Any,
     size: Any,
@@ -152,10 +178,10 @@ def _rows_step(
 
     Shapes do not depend on what is in tensors, or XLA would not compile this well.
     """
-    old_w, old_m, old_u = (tf.gather(variable, indices) for variable in (w, m, u))
-    new = stepped(old_w, old_m, old_u, values, size, decay, coefficients)
-    for variable, value in zip((w, m, u), new, strict=True):
-        variable.scatter_update(tf.IndexedSlices(value, indices))
+    w, m, u = (variable.gather(indices) for variable in variables)
+    new = stepped(w, m, u, values, size, decay, coefficients)
+    for variable, rows in zip(variables, new, strict=True):
+        variable.scatter(indices, rows)
 
 
 def _row_sums(indices: Any, values: Any) -> Any:
@@ -189,19 +215,23 @@ def _xla_serves() -> bool:
 _COMPILED: dict[Any, Any] = {}
 
 
-def _run(step: Callable[..., None], coefficients: Coefficients, *arguments: Any) -> None:
-    step(coefficients, *arguments)
-
-
-def _run_compiled(
-    step: Callable[..., None], coefficients: Coefficients, *arguments: Any
-) -> None:
-    kinds = [(tuple(t.shape.as_list()), t.dtype, t.device) for t in arguments]
-    key = (step, coefficients, tf.distribute.get_strategy(), *kinds)
+def _compiled(
+    step: Any, coefficients: Coefficients, variables: Sequence[_Handle], *arguments: Any
+) -> Any:
+    """A function of the handles of ``variables`` and of ``arguments``."""
+    dtypes = tuple(variable.dtype for variable in variables)
+    devices = tuple(variable.handle.device for variable in variables)
+    kinds = tuple((tuple(a.shape.as_list()), a.dtype) for a in arguments)
+    key = (step, coefficients, dtypes, devices, kinds)
     if key not in _COMPILED:
-        function = tf.function(
-            functools.partial(step, coefficients), jit_compile=True, autograph=False
-        )
-        # Called by itself the function would warn, as it is traced for every kind.
-        _COMPILED[key] = function.get_concrete_function(*arguments)
-    _COMPILED[key](*arguments)
+
+        def run(handles: Sequence[Any], *arguments: Any) -> None:
+            pairs = zip(handles, dtypes, strict=True)
+            step(coefficients, [_Handle(*pair) for pair in pairs], *arguments)
+
+        function = tf.function(run, jit_compile=True, autograph=False)
+        handles = [variable.handle for variable in variables]
+        # Called as it is, the function would be traced for each kind of arguments, of
+        # which TensorFlow warns.
+        _COMPILED[key] = function.get_concrete_function(handles, *arguments)
+    return _COMPILED[key]

@@ -1,5 +1,7 @@
 """What only TensorFlow has: graphs, XLA, variables that are copied when read, mirrors."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,18 @@ def test_the_number_of_indices_may_vary_without_compiling_each_time(rng):
         rows = oracle.Rows(values(rng, (count, LARGE_TABLE[1]), "float32"), indices)
         optimizer.apply([as_gradient(rows, table)])
     assert len(_keras_tensorflow._COMPILED) - before <= 2
+
+
+def test_compiled_updates_outlive_the_variables_they_were_made_for(rng):
+    for way in ("graph", "eager", "graph", "XLA", "graph"):
+        table = variable(values(rng, LARGE_TABLE, "float32"))
+        optimizer = Adamax(0.25)
+        optimizer.build([table])
+        rows = draw(rng, LARGE_TABLE, "one")
+        in_surroundings(way, optimizer, table)(rows.indices, rows.values)
+        assert numpy(optimizer.variables[3])[rows.indices].any()
+        del table, optimizer
+        gc.collect()
 
 
 def test_many_shapes_make_no_warning_about_tracing(rng, caplog):
