@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(report.measurements_table(result), "", sep="\n")
         if results and not options.quick:
             print(report.bars_table(results), "", sep="\n")
-        if output is not None:
+        if output is not None and cases:
             report.write(output, part, results)
             print(f"written to {output}")
     for failure in failures:

@@ -17,6 +17,7 @@ _PACKAGES = (
     "tensorflow",
     "keras",
     "tf_keras",
+    "jax",
 )
 
 
