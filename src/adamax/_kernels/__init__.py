@@ -24,6 +24,19 @@ that is written. Nothing is allocated in proportion to a parameter.
 ``rows_square_sum(storage, groups, address, row_length, threads)``
     The sum of squares of the summed gradient, as a float.
 
+``catch_up_rows(storage, groups, addresses, row_length, history, now, epsilon, threads)``
+    Bring the rows in ``groups`` to the end of the ``history`` of their table, as step
+    ``now``; returns how many were behind. ``addresses``: int64 ``(5,)``, of ``w``, ``m``,
+    ``u``, of the rows' stamps and of where to put a copy of ``w``, one row for each index
+    that was grouped, or 0 for none. Stamps are uint32, one for each row of the table: the
+    step that it is up to date with, modulo ``2**32``.
+``catch_up_table(storage, rows, addresses, row_length, history, now, epsilon, threads)``
+    The same for a range of rows, ``(start, stop)``. ``addresses``: int64 ``(4,)``.
+``find_behind(groups, stamps, now)``
+    A row in ``groups`` whose stamp at the address ``stamps`` is not ``now``, or -1.
+``stamp_rows(groups, stamps, now)``
+    Set the stamps of the rows in ``groups``.
+
 ``advance(storage, addresses)``
     Add 1 to each of ``n`` step counters of float32 or float64 at int64 addresses ``(n,)``
     and return the new values, as float64 ``(n,)``.
@@ -48,6 +61,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from adamax._exact import History
 from adamax._rule import Coefficients
 
 from ._threads import get_num_threads, set_num_threads
@@ -157,6 +171,34 @@ class Kernels(Protocol):
         row_length: int,
         threads: int,
     ) -> float: ...
+
+    def catch_up_rows(
+        self,
+        storage: Storage,
+        groups: RowGroups,
+        addresses: Int64Array,
+        row_length: int,
+        history: History,
+        now: int,
+        epsilon: float,
+        threads: int,
+    ) -> int: ...
+
+    def catch_up_table(
+        self,
+        storage: Storage,
+        rows: tuple[int, int],
+        addresses: Int64Array,
+        row_length: int,
+        history: History,
+        now: int,
+        epsilon: float,
+        threads: int,
+    ) -> int: ...
+
+    def find_behind(self, groups: RowGroups, stamps: int, now: int) -> int: ...
+
+    def stamp_rows(self, groups: RowGroups, stamps: int, now: int) -> None: ...
 
     def advance(self, storage: Storage, addresses: Int64Array) -> Float64Array: ...
 

@@ -10,6 +10,7 @@ there are no NaNs, and none at all where results must not depend on the vector w
 
 import ctypes
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from adamax._exact import History
 from adamax._rule import Coefficients
 
 from . import Float64Array, Int64Array, Storage, _threads, state_dtype
@@ -36,6 +38,7 @@ _ROWS_PIECE_ELEMENTS = 4 * 1024
 _ELEMENTS_WORTH_A_THREAD = 128 * 1024
 
 _PREFETCH_ROWS = 2
+_PREFETCH_STAMPS = 8
 _PREFETCH_BYTES = 512  # of each row
 _CACHE_LINE = 64
 _RADIX_BITS = 11
@@ -191,6 +194,18 @@ def _as_number(typing_context, scalar, word):
         return context.cast(builder, arguments[0], types.float64, number)
 
     return signature, codegen
+
+
+@intrinsic
+def _power_of_two(typing_context, exponent):
+    """``2.0**exponent`` for an exponent that normal numbers have."""
+
+    def codegen(context, builder, signature, arguments):
+        word = ir.IntType(64)
+        bits = builder.shl(builder.add(arguments[0], word(1023)), word(52))
+        return builder.bitcast(bits, ir.DoubleType())
+
+    return types.float64(types.int64), codegen
 
 
 @intrinsic
@@ -512,6 +527,237 @@ def _rows_step(
                 _update(w, m, u, total, row_length, scalars)
             i = end
     _leave(board, helping)
+
+
+# --- What rows have missed ---------------------------------------------------------------
+
+
+@_inlined
+def _opened(history):
+    """Where the numbers of a history lie, and those of now."""
+    sums, products, zeros, steps, window = history
+    return (
+        _pointer(sums.ctypes.data, 0.0),
+        sums.shape[1],
+        _pointer(products.ctypes.data, 0.0),
+        _pointer(products.ctypes.data + steps * products.itemsize * 6, 0.0),
+        _pointer(zeros.ctypes.data, 0),
+        steps,
+        window,
+    )
+
+
+@_inlined
+def _product(opened, column, entry):
+    """The product of the factors in a column of all steps after ``entry``."""
+    _, _, products, last, zeros, _, _ = opened
+    if entry < _load(zeros, column):
+        return 0.0
+    product = _load(last, column) / _load(products, 6 * entry + column)
+    exponent = np.int64(_load(last, column + 3) - _load(products, 6 * entry + column + 3))
+    if -1022 <= exponent <= 1023:
+        return product * _power_of_two(exponent)
+    return math.ldexp(product, exponent)
+
+
+@_inlined
+def _four_terms(s, x, a, b):
+    """Clenshaw's recurrence for the terms ``s`` of a Chebyshev series in ``x / 2``."""
+    b = s[3] + x * a - b
+    a = s[2] + x * b - a
+    b = s[1] + x * a - b
+    a = s[0] + x * b - a
+    return a, b
+
+
+@_inlined
+def _pay_out(w, m, u, length, entry, opened, epsilon, scratch, word):
+    """Bring one row at three pointers from an entry of the history to its end."""
+    sums, terms, _, _, _, steps, window = opened
+    of_w = _as_number(_product(opened, 0, entry), word)
+    of_m = _as_number(_product(opened, 1, entry), word)
+    of_u = _as_number(_product(opened, 2, entry), word)
+    later = _product(opened, 0, entry + window) if entry + window < steps else 1.0
+    place = entry * terms
+    epsilon = _as_number(epsilon, word)
+    zero, half, one = _as_number(0.0, word), _as_number(0.5, word), _as_number(1.0, word)
+    two, four = _as_number(2.0, word), _as_number(4.0, word)
+    constant = _as_number(_load(sums, place) * later, word)
+    s = _terms(sums, place + 1, later, word)
+    if terms == 5:
+        for i in range(length):
+            norm, moment = _load(u, i), _load(m, i)
+            inverse = one / (norm + epsilon)
+            x = four * (norm * inverse) - two
+            a, b = _four_terms(s, x, zero, zero)
+            series = constant + half * x * a - b
+            _store(w, i, of_w * _load(w, i) - moment * inverse * series)
+            _store(m, i, of_m * moment)
+            _store(u, i, of_u * norm)
+        return
+    first = _pointer(scratch[0].ctypes.data, half)
+    second = _pointer(scratch[1].ctypes.data, half)
+    for i in range(length):
+        _store(first, i, zero)
+        _store(second, i, zero)
+    for n in range(terms - 4, 0, -4):
+        some = _terms(sums, place + n, later, word)
+        for i in range(length):
+            norm = _load(u, i)
+            x = four * (norm * (one / (norm + epsilon))) - two
+            a, b = _four_terms(some, x, _load(first, i), _load(second, i))
+            _store(first, i, a)
+            _store(second, i, b)
+    for i in range(length):
+        norm, moment = _load(u, i), _load(m, i)
+        inverse = one / (norm + epsilon)
+        x = four * (norm * inverse) - two
+        _store(first, i, constant + half * x * _load(first, i) - _load(second, i))
+        _store(second, i, moment * inverse)
+        _store(m, i, of_m * moment)
+        _store(u, i, of_u * norm)
+    for i in range(length):
+        _store(w, i, of_w * _load(w, i) - _load(second, i) * _load(first, i))
+
+
+@_inlined
+def _terms(sums, place, later, word):
+    return (
+        _as_number(_load(sums, place) * later, word),
+        _as_number(_load(sums, place + 1) * later, word),
+        _as_number(_load(sums, place + 2) * later, word),
+        _as_number(_load(sums, place + 3) * later, word),
+    )
+
+
+@_inlined
+def _catch_up_row(row, word, number, addresses, row_length, opened, now, epsilon, scratch):
+    """Whether the row was behind; it is not any more."""
+    stamp = _pointer(addresses[3] + 4 * row, np.uint32(0))
+    behind = np.int64(np.uint32(now - _load(stamp, 0)))
+    if behind == 0:
+        return 0
+    _pay_out(
+        _pointer(addresses[0] + row * row_length * _itemsize(word), word),
+        _pointer(addresses[1] + row * row_length * _itemsize(number), number),
+        _pointer(addresses[2] + row * row_length * _itemsize(number), number),
+        row_length,
+        opened[5] - behind,
+        opened,
+        epsilon,
+        scratch,
+        word,
+    )
+    _store(stamp, 0, now)
+    return 1
+
+
+@_kernel()
+def _catch_up_rows(
+    word,
+    number,
+    keys,
+    shift,
+    addresses,
+    row_length,
+    history,
+    now,
+    epsilon,
+    piece,
+    caught_up,
+    board,
+    helping,
+):
+    count = keys.shape[0]
+    word_bytes = row_length * _itemsize(word)
+    number_bytes = row_length * _itemsize(number)
+    scratch = np.empty((2, row_length))  # room for either type of number
+    opened = _opened(history)
+    copies = addresses[4]
+    if not _join(board, helping):
+        return
+    mine = 0
+    while True:
+        start = _take(board, piece)
+        if start >= count:
+            break
+        stop = min(start + piece, count)
+        i = _next_row(keys, shift, start, stop)
+        while i < stop:
+            if i + _PREFETCH_STAMPS < count:
+                row, _ = _split(keys[i + _PREFETCH_STAMPS], shift)
+                _prefetch(addresses[3] + 4 * row)
+            if i + _PREFETCH_ROWS < count:
+                row, _ = _split(keys[i + _PREFETCH_ROWS], shift)
+                for line in range(0, min(word_bytes, _PREFETCH_BYTES), _CACHE_LINE):
+                    _prefetch(addresses[0] + row * word_bytes + line)
+                for line in range(0, min(number_bytes, _PREFETCH_BYTES), _CACHE_LINE):
+                    _prefetch(addresses[1] + row * number_bytes + line)
+                    _prefetch(addresses[2] + row * number_bytes + line)
+            row, _ = _split(keys[i], shift)
+            mine += _catch_up_row(
+                row, word, number, addresses, row_length, opened, now, epsilon, scratch
+            )
+            end = _end_of_row(keys, shift, i)
+            if copies:
+                w = _pointer(addresses[0] + row * word_bytes, word)
+                for j in range(i, end):
+                    _, position = _split(keys[j], shift)
+                    copy = _pointer(copies + position * word_bytes, word)
+                    for k in range(row_length):
+                        _store(copy, k, _load(w, k))
+            i = end
+    _add(_at(caught_up, 0), mine)
+    _leave(board, helping)
+
+
+@_kernel()
+def _catch_up_table(
+    word,
+    number,
+    first,
+    last,
+    addresses,
+    row_length,
+    history,
+    now,
+    epsilon,
+    piece,
+    caught_up,
+    board,
+    helping,
+):
+    scratch = np.empty((2, row_length))  # room for either type of number
+    opened = _opened(history)
+    if not _join(board, helping):
+        return
+    mine = 0
+    while True:
+        start = first + _take(board, piece)
+        if start >= last:
+            break
+        for row in range(start, min(start + piece, last)):
+            mine += _catch_up_row(
+                row, word, number, addresses, row_length, opened, now, epsilon, scratch
+            )
+    _add(_at(caught_up, 0), mine)
+    _leave(board, helping)
+
+
+@_kernel()
+def _find_behind(keys, shift, stamps, now):
+    for i in range(keys.shape[0]):
+        row, _ = _split(keys[i], shift)
+        if _load(_pointer(stamps + 4 * row, np.uint32(0)), 0) != now:
+            return row
+    return -1
+
+
+@_kernel()
+def _stamp_rows(keys, shift, stamps, now):
+    for i in range(keys.shape[0]):
+        row, _ = _split(keys[i], shift)
+        _store(_pointer(stamps + 4 * row, np.uint32(0)), 0, now)
 
 
 # --- Grouping of indices: a key is the row in the high bits, the position in the low ----
@@ -861,6 +1107,78 @@ def rows_square_sum(
         sums,
     )
     return float(sums.sum())
+
+
+def catch_up_rows(
+    storage: Storage,
+    groups: RowGroups,
+    addresses: Int64Array,
+    row_length: int,
+    history: History,
+    now: int,
+    epsilon: float,
+    threads: int,
+) -> int:
+    caught_up = np.zeros(1, np.int64)
+    _call_in_parallel(
+        _catch_up_rows,
+        3 * groups.keys.size * row_length,
+        threads,
+        *_types_of(storage),
+        groups.keys,
+        groups.shift,
+        addresses,
+        row_length,
+        _arrays_of(history),
+        np.uint32(now % 2**32),
+        epsilon,
+        _rows_piece(row_length),
+        caught_up,
+    )
+    return int(caught_up[0])
+
+
+def catch_up_table(
+    storage: Storage,
+    rows: tuple[int, int],
+    addresses: Int64Array,
+    row_length: int,
+    history: History,
+    now: int,
+    epsilon: float,
+    threads: int,
+) -> int:
+    caught_up = np.zeros(1, np.int64)
+    _call_in_parallel(
+        _catch_up_table,
+        (rows[1] - rows[0]) * row_length,
+        threads,
+        *_types_of(storage),
+        *rows,
+        addresses,
+        row_length,
+        _arrays_of(history),
+        np.uint32(now % 2**32),
+        epsilon,
+        8 * _rows_piece(row_length),
+        caught_up,
+    )
+    return int(caught_up[0])
+
+
+def find_behind(groups: RowGroups, stamps: int, now: int) -> int:
+    row: int = _call(
+        _find_behind, groups.keys, groups.shift, stamps, np.uint32(now % 2**32)
+    )
+    return row
+
+
+def stamp_rows(groups: RowGroups, stamps: int, now: int) -> None:
+    _call(_stamp_rows, groups.keys, groups.shift, stamps, np.uint32(now % 2**32))
+
+
+def _arrays_of(history: History) -> tuple[Any, ...]:
+    return history.sums, history.products, history.zeros, history.steps, history.window
 
 
 def advance(storage: Storage, addresses: Int64Array) -> Float64Array:

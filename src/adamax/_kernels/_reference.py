@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adamax._exact import History
 from adamax._rule import Coefficients
 
 from . import Factor, Float64Array, Int64Array, Storage, state_dtype
@@ -88,6 +89,58 @@ def rows_square_sum(
     return _square_sum(_summed(storage, groups, address, row_length))
 
 
+def catch_up_rows(
+    storage: Storage,
+    groups: RowGroups,
+    addresses: Int64Array,
+    row_length: int,
+    history: History,
+    now: int,
+    epsilon: float,
+    threads: int,
+) -> int:
+    if groups.rows.size == 0:
+        return 0
+    count = int(groups.rows[-1]) + 1
+    w = _view(addresses[0], count * row_length, _word(storage)).reshape(count, row_length)
+    behind = _catch_up(
+        storage, groups.rows, count, addresses, row_length, history, now, epsilon
+    )
+    if addresses[4]:
+        size = groups.group.size
+        copy = _view(addresses[4], size * row_length, _word(storage))
+        copy[:] = w[groups.rows[groups.group]].ravel()
+    return behind
+
+
+def catch_up_table(
+    storage: Storage,
+    rows: tuple[int, int],
+    addresses: Int64Array,
+    row_length: int,
+    history: History,
+    now: int,
+    epsilon: float,
+    threads: int,
+) -> int:
+    return _catch_up(
+        storage, np.arange(*rows), rows[1], addresses, row_length, history, now, epsilon
+    )
+
+
+def find_behind(groups: RowGroups, stamps: int, now: int) -> int:
+    if groups.rows.size == 0:
+        return -1
+    stamped = _view(stamps, groups.rows[-1] + 1, np.uint32)[groups.rows]
+    behind = groups.rows[stamped != _modulo(now)]
+    return int(behind[0]) if behind.size else -1
+
+
+def stamp_rows(groups: RowGroups, stamps: int, now: int) -> None:
+    if groups.rows.size:
+        _view(stamps, groups.rows[-1] + 1, np.uint32)[groups.rows] = _modulo(now)
+
+
 def advance(storage: Storage, addresses: Int64Array) -> Float64Array:
     counters = [_view(address, 1, storage.value) for address in addresses]
     for counter in counters:
@@ -147,6 +200,50 @@ def _stepped(
         u = np.maximum(number(coefficients.beta_2) * u, np.abs(g))
         w = decay * w - step_size * (m / (u + number(coefficients.epsilon)))
     return _narrowed(storage, w), m, u
+
+
+def _catch_up(
+    storage: Storage,
+    rows: Int64Array,
+    count: int,
+    addresses: Int64Array,
+    row_length: int,
+    history: History,
+    now: int,
+    epsilon: float,
+) -> int:
+    stamps = _view(addresses[3], count, np.uint32)
+    gaps = (_modulo(now) - stamps[rows]).astype(np.int64)
+    rows, gaps = rows[gaps > 0], gaps[gaps > 0]
+    tables = [
+        _view(address, count * row_length, dtype).reshape(count, row_length)
+        for address, dtype in zip(
+            addresses[:3],
+            (_word(storage), state_dtype(storage), state_dtype(storage)),
+            strict=True,
+        )
+    ]
+    w = _widened(storage, tables[0][rows])
+    m, u = (table[rows] for table in tables[1:])
+    missed = history.missed(history.steps - gaps)
+    with np.errstate(all="ignore"):
+        sums, factors = (numbers.astype(state_dtype(storage)) for numbers in missed)
+        of_w, of_m, of_u = factors.T[:, :, None]
+        inverse = 1 / (u + u.dtype.type(epsilon))
+        two_t = 4 * (u * inverse) - 2  # t = 2 * x - 1
+        # Clenshaw's recurrence for a Chebyshev series in t.
+        first = second = np.zeros_like(w)
+        for n in range(history.expansion.terms - 1, 0, -1):
+            first, second = sums[:, n, None] + two_t * first - second, first
+        series = sums[:, 0, None] + w.dtype.type(0.5) * two_t * first - second
+        tables[0][rows] = _narrowed(storage, of_w * w - m * inverse * series)
+        tables[1][rows], tables[2][rows] = of_m * m, of_u * u
+    stamps[rows] = _modulo(now)
+    return len(rows)
+
+
+def _modulo(now: int) -> np.uint32:
+    return np.uint32(now % 2**32)
 
 
 def _summed(storage: Storage, groups: RowGroups, address: int, row_length: int) -> Array:
