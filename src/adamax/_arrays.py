@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ._deferred import DeferredRows
 from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels, state_dtype
 from ._kernels._memory import Ranges
 from ._rule import Coefficients, Hyperparameters, clip_factor
@@ -38,6 +39,7 @@ class Variable:
     m: Array
     u: Array
     addresses: tuple[int, int, int]  # of the parameter, m and u
+    deferred: DeferredRows | None = None  # of a table in exact mode
 
     def __init__(self, parameter: Array, name: str) -> None:
         if not isinstance(parameter, np.ndarray):
@@ -93,6 +95,83 @@ class Variable:
         address = kernels().array_address
         self.addresses = (self.address, address(m), address(u))
 
+    @property
+    def row_length(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def defer(self, hyperparameters: Hyperparameters) -> DeferredRows:
+        """What says which rows are behind; made when it is first needed."""
+        if self.deferred is None:
+            self.deferred = DeferredRows(
+                self.storage,
+                self.shape[0],
+                self.row_length,
+                hyperparameters.beta_1,
+                hyperparameters.beta_2,
+                hyperparameters.epsilon,
+            )
+        return self.deferred
+
+    @property
+    def rows_in_place(self) -> bool:
+        """Whether kernels can work on rows where they lie."""
+        return self.direct and self.order == "C"
+
+    def lookup(self, ids: Any, threads: int) -> Array:
+        """A copy of some rows, which are brought up to date first."""
+        what = f"ids for parameter {self.name!r}"
+        indices = _checked_indices(ids, self.shape[0], what, what)
+        flat = indices.ravel()
+        try:
+            groups = kernels().group_rows(flat, self.shape[0])
+        except IndexError as error:
+            raise IndexError(f"{what}: {error}") from None
+        if self.deferred is None or not self.deferred.may_be_behind:
+            return np.asarray(self.parameter[indices])
+        if not self.rows_in_place:
+            self._catch_up_copies(self.deferred, np.unique(flat), threads)
+            return np.asarray(self.parameter[indices])
+        rows: Array = np.empty((*indices.shape, *self.shape[1:]), self.dtype)
+        copy = kernels().array_address(rows)
+        self.deferred.catch_up(groups, self.addresses, copy, threads)
+        return rows
+
+    def flush(self, threads: int) -> None:
+        """Bring all rows up to date."""
+        deferred = self.deferred
+        if deferred is None or not deferred.may_be_behind:
+            return
+        self.check_unchanged()
+
+        def catch_up(start: int, stop: int) -> None:
+            if self.rows_in_place:
+                deferred.catch_up_range(start, stop, self.addresses, threads)
+            else:
+                self._catch_up_copies(deferred, slice(start, stop), threads)
+
+        deferred.flush(catch_up, f"parameter {self.name!r}")
+
+    def _catch_up_copies(
+        self, deferred: DeferredRows, rows: Int64Array | slice, threads: int
+    ) -> None:
+        work = self.copies_of(rows)
+        w, m, u = map(kernels().array_address, work)
+        deferred.catch_up_copies(rows, (w, m, u), threads)
+        self.put_back(rows, work)
+        deferred.set_current(rows)
+
+    def copies_of(self, rows: Int64Array | slice) -> tuple[Array, Array, Array]:
+        """Rows of the parameter, ``m`` and ``u`` that kernels can work on."""
+        return (
+            np.array(self.parameter[rows], self.native_dtype, order="C"),
+            np.array(self.m[rows], order="C"),
+            np.array(self.u[rows], order="C"),
+        )
+
+    def put_back(self, rows: Int64Array | slice, work: Sequence[Array]) -> None:
+        for target, copies in zip((self.parameter, self.m, self.u), work, strict=True):
+            target[rows] = copies
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied_variable, (self.parameter, self.name, self.m, self.u)
 
@@ -111,6 +190,7 @@ class Scalars:
 
     step_size: float
     decay: float
+    betas: tuple[float, float]
     scales: Float64Array  # what the gradient of each pair is multiplied by
     coefficients: Coefficients
     threads: int
@@ -183,13 +263,19 @@ class DenseUpdate(Update):
 class RowsUpdate(Update):
     """One step of some rows of a table."""
 
-    __slots__ = ("groups", "row_length", "rows")
+    __slots__ = ("groups", "row_length", "rows", "table_groups")
 
     def __init__(self, gradient: SparseGradient, variable: Variable, position: int) -> None:
         shape, name = variable.shape, variable.name
         if not shape:
             raise ValueError(f"parameter {name!r} has no rows, but its gradient is sparse")
-        indices = _checked_indices(gradient.indices, shape[0], name)
+        where = f"the gradient of parameter {name!r}"
+        what = f"the indices of {where}"
+        indices = _checked_indices(gradient.indices, shape[0], what, where)
+        if indices.ndim != 1:
+            raise ValueError(
+                f"{what} must have one dimension, got the shape {indices.shape}"
+            )
         values = _as_array(gradient.values, variable)
         expected = (indices.size, *shape[1:])
         if values.shape != expected:
@@ -205,13 +291,14 @@ class RowsUpdate(Update):
             )
         values = _converted(values, variable.native_dtype, "C")
         super().__init__(values, variable, position)
-        self.row_length = math.prod(shape[1:])
+        self.row_length = variable.row_length
         try:
             self.groups = kernels().group_rows(indices, shape[0])
         except IndexError as error:
-            raise IndexError(f"the gradient of parameter {name!r}: {error}") from None
-        self.rows: Array | None = None
-        if not (variable.direct and variable.order == "C"):
+            raise IndexError(f"{where}: {error}") from None
+        self.table_groups = self.groups
+        self.rows: Int64Array | None = None
+        if not variable.rows_in_place:
             # The kernels work on copies of the distinct rows, so number those.
             self.rows, numbered = np.unique(indices, return_inverse=True)
             self.groups = kernels().group_rows(
@@ -221,19 +308,11 @@ class RowsUpdate(Update):
     def prepare(self, written: Ranges) -> None:
         super().prepare(written)
         if self.rows is not None:
-            variable = self.variable
-            self.work = (
-                _converted(variable.parameter[self.rows], variable.native_dtype, "C"),
-                np.ascontiguousarray(variable.m[self.rows]),
-                np.ascontiguousarray(variable.u[self.rows]),
-            )
+            self.work = self.variable.copies_of(self.rows)
 
     def finish(self) -> None:
         if self.rows is not None:
-            variable = self.variable
-            targets = (variable.parameter, variable.m, variable.u)
-            for target, rows in zip(targets, self.work, strict=True):
-                target[self.rows] = rows
+            self.variable.put_back(self.rows, self.work)
 
     @property
     def positions(self) -> int:
@@ -249,6 +328,12 @@ class RowsUpdate(Update):
         )
 
     def launch(self, step: Scalars) -> None:
+        deferred = self.variable.deferred
+        if deferred is not None:
+            if deferred.must_flush:
+                self.variable.flush(step.threads)
+            deferred.record(step.step_size, step.decay, *step.betas)
+            deferred.stamp(self.table_groups)
         kernels().rows_step(
             self.variable.storage,
             self.groups,
@@ -431,26 +516,19 @@ def _as_array(gradient: Any, variable: Variable) -> Array:
 
 
 def _checked_indices(
-    indices: Any, rows: int, name: str
+    indices: Any, rows: int, what: str, where: str
 ) -> npt.NDArray[np.int32] | Int64Array:
+    """``indices`` as the kernels take them; ``what`` and ``where`` are for the errors."""
     array = np.asarray(indices)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(
-            f"the indices of the gradient of parameter {name!r} must be integers, "
-            f"got {array.dtype}"
-        )
-    if array.ndim != 1:
-        raise ValueError(
-            f"the indices of the gradient of parameter {name!r} must have one dimension, "
-            f"got the shape {array.shape}"
-        )
+        raise TypeError(f"{what} must be integers, got {array.dtype}")
     if array.dtype == np.int32 or array.dtype == np.int64:
         return array
     if array.dtype == np.uint64 and (outside := np.flatnonzero(array >= rows)).size:
         position = int(outside[0])  # int64 could not hold it
         raise IndexError(
-            f"the gradient of parameter {name!r}: indices[{position}] must be in "
-            f"[0, {rows}), got {array[position]}"
+            f"{where}: indices[{position}] must be in [0, {rows}), "
+            f"got {array.ravel()[position]}"
         )
     return array.astype(np.int64)
 

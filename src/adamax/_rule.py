@@ -16,7 +16,8 @@ the rule. NaN and infinity are not filtered: they reach ``m``, ``u`` and ``w``.
 
 A sparse gradient is a set of rows. Repeated indices are summed first, then the rule runs
 once per distinct row. With ``sparse="lazy"`` rows whose index is absent keep ``w``, ``m``
-and ``u`` bit for bit.
+and ``u`` bit for bit. With ``sparse="exact"`` they have a gradient of zero, which is made
+up for when they are needed; ``_exact.py`` says how.
 """
 
 import difflib
@@ -28,9 +29,11 @@ from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
 from typing import Any, SupportsFloat, TypeAlias
 
+from ._exact import Expansion
+
 LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
 
-SPARSE_MODES = ("lazy",)
+SPARSE_MODES = ("lazy", "exact")
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 # Below this, epsilon vanishes in float32 arithmetic, and a row that has only seen zero
@@ -108,8 +111,9 @@ class Hyperparameters:
 
     Raises:
         TypeError: a value of the wrong type.
-        ValueError: a value outside its interval, or more than one of ``clipnorm``,
-            ``clipvalue`` and ``global_clipnorm``.
+        ValueError: a value outside its interval, more than one of ``clipnorm``,
+            ``clipvalue`` and ``global_clipnorm``, or betas that ``sparse="exact"`` cannot
+            have.
     """
 
     learning_rate: LearningRate = 0.001
@@ -136,6 +140,9 @@ class Hyperparameters:
             elif value is not None or field.name not in CLIPPING:
                 number = checked_number(field.name, value, name)
                 object.__setattr__(self, field.name, number)
+        if self.sparse == "exact":
+            # With fewer digits than float64 has; a table of that is checked when it comes.
+            Expansion.of(self.beta_1, self.beta_2, "float32", names)
         chosen = {name: getattr(self, name) for name in CLIPPING}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if len(chosen) > 1:

@@ -100,8 +100,10 @@ class Adamax:
             decays the rows that it touches.
         global_clipnorm: scale all gradients of a step down by one factor, so that their
             joint L2 norm is at most this.
-        sparse: what a sparse gradient means for the rows it does not touch; ``"lazy"``
-            leaves them as they are.
+        sparse: what a sparse gradient means for the rows it does not touch. ``"lazy"``
+            leaves them as they are. ``"exact"`` gives them a gradient of zero, as the dense
+            rule does, at the cost of the touched rows: read rows with :meth:`lookup`, and
+            call :meth:`flush` before anything reads a whole table.
         state_dir: a directory to keep ``m`` and ``u`` in, as memory-mapped ``.npy`` files,
             for tables larger than memory. Files of an earlier run are not overwritten.
 
@@ -110,7 +112,8 @@ class Adamax:
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an argument out of its range, NaN included.
+        ValueError: an argument out of its range, NaN included, or betas that
+            ``sparse="exact"`` cannot have (see docs/exact.md).
 
     >>> import numpy as np
     >>> from adamax import Adamax, IndexedSlices
@@ -188,6 +191,8 @@ class Adamax:
                 read-only, occurs twice or shares memory with another, or a learning rate
                 out of range.
             IndexError: a row index outside its table.
+            RuntimeError: with ``sparse="exact"``, a gradient for a row that was not up to
+                date.
 
             After an error no parameter and no state has changed.
 
@@ -208,6 +213,7 @@ class Adamax:
         step = Scalars(
             _rule.step_size(learning_rate, hyperparameters.beta_1, self._iterations + 1),
             _rule.decay_factor(learning_rate, hyperparameters.weight_decay),
+            (hyperparameters.beta_1, hyperparameters.beta_2),
             clip_factors(launches, len(parameters), hyperparameters, threads),
             Coefficients.of(hyperparameters),
             threads,
@@ -250,12 +256,105 @@ class Adamax:
             for i, variable in zip(examined, variables, strict=True)
         ]
         self._adopt(variables)
+        if self._hyperparameters.sparse == "exact":
+            self._check_rows_are_current(parameters, sparse, updates)
         launches = prepared(updates, self._written)
         if known is not None:
             return [known, *launches], updates
         if len(sparse) < len(parameters):
             self._known = KnownBatch(updates)
         return launches, updates
+
+    def _check_rows_are_current(
+        self, parameters: Sequence[Array], sparse: set[int], updates: Sequence[Update]
+    ) -> None:
+        """Raise if a row that has a gradient was behind when it was read."""
+        for update in updates:
+            if isinstance(update, RowsUpdate):
+                table = f"parameter {update.variable.name!r}"
+                update.variable.defer(self._hyperparameters).check_current(
+                    update.table_groups, table, "lookup(table, ids)", "flush(table)"
+                )
+        if any(variable.deferred for variable in self._variables.values()):
+            for i, parameter in enumerate(parameters):
+                variable = self._variables[id(parameter)]
+                if i not in sparse and variable.deferred is not None:
+                    table = f"parameter {variable.name!r}"
+                    variable.deferred.check_all_current(table, "flush(table)")
+
+    # --- Rows that are behind ----------------------------------------------------------
+
+    def lookup(self, table: Array, ids: npt.ArrayLike) -> Array:
+        """A copy of the rows ``table[ids]``, with ``sparse="exact"`` up to date.
+
+        In exact mode a row that is not touched is left behind, and moves only when it is
+        needed: read rows through this method, before their gradient is computed. A row
+        without a gradient in the next step has a gradient of zero in it, read or not. In
+        lazy mode rows are never behind, and this is the same as ``table[ids]``.
+
+        Args:
+            table: a parameter; rows that are behind are written to.
+            ids: integers in ``[0, rows of the table)``, of any shape.
+
+        Returns:
+            An array of the shape ``(*ids.shape, *table.shape[1:])``.
+
+        Raises:
+            IndexError: an id outside the table.
+            TypeError: ids that are no integers, or what :meth:`build` raises.
+            ValueError: a table without rows, or what :meth:`build` raises.
+
+        >>> import numpy as np
+        >>> table = np.zeros((1000, 2), np.float32)
+        >>> optimizer = Adamax(learning_rate=0.1, sparse="exact")
+        >>> for id in (7, 3, 7):
+        ...     rows = optimizer.lookup(table, [id])
+        ...     gradient = IndexedSlices(2 * (rows - 1), [id])
+        ...     step = optimizer.apply_gradients([(gradient, table)])
+        >>> table[3].round(3)  # not paid out yet what it missed in the last step
+        array([0.053, 0.053], dtype=float32)
+        >>> optimizer.lookup(table, 3).round(3)
+        array([0.086, 0.086], dtype=float32)
+        """
+        (variable,) = self._checked_variables([table])
+        if not variable.shape:
+            raise ValueError(f"parameter {variable.name!r} has no rows to look up")
+        self._adopt([variable])
+        return variable.lookup(ids, get_num_threads())
+
+    def flush(self, table: Array | None = None) -> None:
+        """Bring all rows of a table, or of all tables, up to date, where they are behind.
+
+        To be called before anything reads tables other than by :meth:`lookup`: an
+        evaluation on all rows, or saving the parameters. :meth:`state_dict` and
+        :meth:`save` call it. It takes a pass over the table and its state, and shows a
+        progress bar when that is long and tqdm is installed. In lazy mode it does nothing.
+
+        Args:
+            table: a parameter, or None for all.
+
+        Raises:
+            TypeError, ValueError: what :meth:`build` raises.
+
+        >>> import numpy as np
+        >>> table = np.zeros((3, 1))
+        >>> optimizer = Adamax(learning_rate=0.1, sparse="exact")
+        >>> for ids in ([0, 1], [2]):
+        ...     rows = optimizer.lookup(table, ids)
+        ...     gradient = IndexedSlices(np.ones_like(rows), ids)
+        ...     step = optimizer.apply_gradients([(gradient, table)])
+        >>> table.ravel().round(3)
+        array([-0.1  , -0.1  , -0.053])
+        >>> optimizer.flush()
+        >>> table.ravel().round(3)
+        array([-0.147, -0.147, -0.053])
+        """
+        if table is None:
+            variables = list(self._variables.values())
+        else:
+            variables = self._checked_variables([table])
+        for variable in variables:
+            variable.flush(get_num_threads())
 
     def minimize(
         self,
@@ -454,7 +553,9 @@ class Adamax:
     def state_dict(self) -> dict[str, Array]:
         """The step count and the state: ``iterations``, and ``<name>.m``, ``<name>.u``.
 
-        The arrays are the optimizer's own, not copies: the next step changes them.
+        The arrays are the optimizer's own, not copies: the next step changes them. With
+        ``sparse="exact"`` all rows are brought up to date first, the parameters' too: take
+        a copy of the parameters after this, not before.
 
         >>> import numpy as np
         >>> optimizer = Adamax()
@@ -463,6 +564,10 @@ class Adamax:
         >>> optimizer.state_dict()
         {'iterations': array(1), '0.m': array([0.2]), '0.u': array([2.])}
         """
+        self.flush()
+        return self._state()
+
+    def _state(self) -> dict[str, Array]:
         state: dict[str, Array] = {"iterations": np.array(self._iterations, np.int64)}
         for variable in self._variables.values():
             state[f"{variable.name}.m"] = variable.m
@@ -482,6 +587,8 @@ class Adamax:
             TypeError: an entry of a dtype that state cannot have.
             ValueError: entries missing or left over, shapes that differ, a negative step
                 count, and whatever :meth:`build` raises. No state has changed then.
+            RuntimeError: with ``sparse="exact"``, rows that are behind: what they have
+                missed belongs to the state that would be replaced.
 
         >>> import numpy as np
         >>> weights = np.array([1.0])
@@ -492,6 +599,12 @@ class Adamax:
         >>> second.iterations
         1
         """
+        for variable in self._variables.values():
+            if variable.deferred is not None and variable.deferred.may_be_behind:
+                raise RuntimeError(
+                    f"rows of parameter {variable.name!r} are behind: call flush() before "
+                    f"you load parameters and state"
+                )
         variables = dict.fromkeys(self._variables.values())
         if parameters is not None:
             variables |= dict.fromkeys(self._named_variables(parameters))
@@ -527,7 +640,7 @@ class Adamax:
                 f"state_dict['iterations'] must not be negative, got {iterations}"
             )
         self._adopt(variables)
-        for name, array in self.state_dict().items():
+        for name, array in self._state().items():
             if name != "iterations":
                 copy_in_pieces(array, given[name])
         self._iterations = iterations
@@ -537,7 +650,8 @@ class Adamax:
 
         A crash leaves the old file or the new one, never a part. Parameters and
         hyperparameters are not in it: save the former yourself, see :meth:`get_config` for
-        the latter. Needs the extra ``adamax[numpy]``.
+        the latter. Needs the extra ``adamax[numpy]``. With ``sparse="exact"`` all rows are
+        brought up to date first, so save the parameters after this or after :meth:`flush`.
 
         Raises:
             ModuleNotFoundError: safetensors is not installed.
@@ -572,6 +686,7 @@ class Adamax:
             self.load_state_dict(tensors, parameters)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.flush()  # a copy does not know what rows have missed
         # Variables are found by the identity of their array, which a copy changes.
         state = self.__dict__.copy()
         state["_variables"] = list(self._variables.values())
