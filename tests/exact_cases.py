@@ -51,9 +51,9 @@ class Run:
     scale: float
     peak: float
     warm_up: int
-    rows: int = 300
-    width: int = 4
-    ids: int = 8
+    rows: int = 2000
+    width: int = 2
+    ids: int = 20
 
     def learning_rate(self, step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
