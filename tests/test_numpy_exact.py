@@ -1,4 +1,4 @@
-"""``adamax.Adamax(sparse="exact")``: the dense trajectory at the cost of the touched rows."""
+"""``adamax.Adamax(sparse="exact")``: the dense trajectory, at the cost of touched rows."""
 
 import copy
 import math

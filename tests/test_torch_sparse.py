@@ -448,7 +448,7 @@ def test_sparse_parameters_are_refused(rng):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("mode", ["exact", "eager", None, 1, ""])
+@pytest.mark.parametrize("mode", ["dense", "eager", None, 1, ""])
 def test_unknown_modes_are_refused(rng, mode):
-    with pytest.raises(ValueError, match=r"sparse must be 'lazy', got"):
+    with pytest.raises(ValueError, match=r"sparse must be 'lazy' or 'exact', got"):
         Adamax([parameter(rng, (2,))], sparse=mode)

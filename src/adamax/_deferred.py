@@ -6,8 +6,10 @@ ends have in common beside them.
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from ._exact import History
 from ._kernels import Int64Array, Storage, kernels, state_dtype
@@ -109,11 +111,20 @@ class DeferredRows:
         """
         row = kernels().find_behind(groups, self.stamps, self._now)
         if row >= 0:
-            raise RuntimeError(
-                f"row {row} of {name} has a gradient, but was not up to date when it was "
-                f"read: call {lookup} for the rows of a batch before they are read, or "
-                f"{flush} to bring all rows up to date"
-            )
+            self.refuse(row, name, lookup, flush)
+
+    def refuse(self, row: int, name: str, lookup: str, flush: str) -> NoReturn:
+        """Raise the error of :meth:`check_current`."""
+        raise RuntimeError(
+            f"row {row} of {name} has a gradient, but was not up to date when it was "
+            f"read: call {lookup} for the rows of a batch before they are read, or "
+            f"{flush} to bring all rows up to date"
+        )
+
+    def are_behind(self, rows: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` are behind."""
+        behind: npt.NDArray[np.bool_] = self._stamps[rows] != np.uint32(self._now % 2**32)
+        return behind
 
     def check_all_current(self, name: str, flush: str) -> None:
         """Raise if a row may be behind, where the gradient is dense."""

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _rule
+from ._deferred import DeferredRows
 from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels
 from ._kernels._memory import Ranges
 from ._rule import Coefficients, Hyperparameters
 
 Work: TypeAlias = Callable[[], None]
 
-_STORAGE = {
+STORAGE = {
     torch.float32: Storage.FLOAT32,
     torch.float64: Storage.FLOAT64,
     torch.float16: Storage.FLOAT16,
@@ -45,7 +46,7 @@ def fused_dtypes(params: Sequence[Tensor]) -> set[torch.dtype] | None:
     """The dtypes of these parameters if the CPU kernels can update all of them."""
     dtypes = {param.dtype for param in params}
     serves = (
-        dtypes <= _STORAGE.keys()
+        dtypes <= STORAGE.keys()
         and set(map(type, params)) <= _PLAIN_TENSORS
         and {param.is_cpu for param in params} == {True}
     )
@@ -193,7 +194,7 @@ class _Counters:
         dtypes = {step.dtype for step in steps}
         self._addresses: Int64Array | None = None
         if dtypes in ({torch.float32}, {torch.float64}) and all(s.is_cpu for s in steps):
-            self._storage = _STORAGE[dtypes.pop()]
+            self._storage = STORAGE[dtypes.pop()]
             self._addresses = np.array([step.data_ptr() for step in steps], np.int64)
 
     def advance(self) -> Float64Array:
@@ -251,7 +252,7 @@ class _DenseLaunch:
     copies: list[tuple[Tensor, Tensor]]  # which to copy back where
 
     def __call__(self) -> None:
-        storage = _STORAGE[self.batch.params[0].dtype]
+        storage = STORAGE[self.batch.params[0].dtype]
         factors = _factors(self.table.counters, self.options, self.scale)
         coefficients = Coefficients.of(self.options.hyperparameters)
         threads = torch.get_num_threads()
@@ -349,7 +350,7 @@ def _flattened(
 
 
 @dataclass(frozen=True, slots=True)
-class _RowsLaunch:
+class RowsLaunch:
     """The rows of one table. Holds the memory that it has the addresses of."""
 
     batch: Batch
@@ -357,16 +358,30 @@ class _RowsLaunch:
     scale: float
     rows: "SparseRows"
     groups: Any
+    deferred: DeferredRows | None = None  # in exact mode
+    flush: Work | None = None  # what brings all rows up to date
 
     def __call__(self) -> None:
         (param,), _, (exp_avg,), (exp_inf,), steps = self.batch.lists()
         tensors = (param, exp_avg, exp_inf, self.rows.values)
+        factors = _factors(_Counters(steps), self.options, self.scale)[0]
+        if self.deferred is not None and self.flush is not None:
+            if self.deferred.must_flush:
+                self.flush()
+            hyperparameters = self.options.hyperparameters
+            self.deferred.record(
+                float(factors[Factor.STEP_SIZE]),
+                float(factors[Factor.DECAY]),
+                hyperparameters.beta_1,
+                hyperparameters.beta_2,
+            )
+            self.deferred.stamp(self.groups)
         kernels().rows_step(
-            _STORAGE[param.dtype],
+            STORAGE[param.dtype],
             self.groups,
             np.array([tensor.data_ptr() for tensor in tensors], np.int64),
             _numbers_in_row(param, self.rows),
-            _factors(_Counters(steps), self.options, self.scale)[0],
+            factors,
             Coefficients.of(self.options.hyperparameters),
             torch.get_num_threads(),
         )
@@ -375,18 +390,22 @@ class _RowsLaunch:
 
 def _rows_launch(batch: Batch, options: Options, scale: float) -> Work:
     (param,), (grad,), (exp_avg,), (exp_inf,), _ = batch.lists()
+    if not in_place(param, exp_avg, exp_inf):
+        return _SparseStep.prepare(batch, options, scale)
+    rows = sparse_rows(param, grad)
+    return RowsLaunch(batch, options, scale, rows, grouped(rows))
+
+
+def in_place(param: Tensor, exp_avg: Tensor, exp_inf: Tensor) -> bool:
+    """Whether kernels can work on rows where they lie; ``param`` is on the CPU."""
     wanted = state_dtype(param.dtype)
-    in_place = param.is_contiguous() and all(
+    return param.is_contiguous() and all(
         state.is_contiguous()
         and state.is_cpu
         and state.dtype is wanted
         and state.shape == param.shape
         for state in (exp_avg, exp_inf)
     )
-    if not in_place:
-        return _SparseStep.prepare(batch, options, scale)
-    rows = sparse_rows(param, grad)
-    return _RowsLaunch(batch, options, scale, rows, grouped(rows))
 
 
 def _factors(counters: _Counters, options: Options, scale: float) -> Float64Array:
@@ -472,7 +491,7 @@ def _check_in_range(indices: Tensor, sizes: Sequence[int]) -> None:
 def square_sum(param: Tensor, rows: SparseRows) -> float:
     """The sum of squares of a summed sparse gradient on the CPU."""
     return kernels().rows_square_sum(
-        _STORAGE[param.dtype],
+        STORAGE[param.dtype],
         grouped(rows),
         rows.values.data_ptr(),
         _numbers_in_row(param, rows),
@@ -532,7 +551,7 @@ def prepare_for_loop(batch: Batch, options: Options, scale: float) -> list[Work]
 
 def _check_dtypes(params: Sequence[Tensor]) -> None:
     for param in params:
-        if param.dtype not in _STORAGE:
+        if param.dtype not in STORAGE:
             raise TypeError(f"parameters must be float or complex, got {param.dtype}")
 
 

@@ -25,12 +25,15 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from ._kernels._memory import LARGE, zeros_beside
 from ._rule import Hyperparameters
+from ._torch_exact import Attachment, Tables, attach, check_betas, check_options
 from ._torch_paths import (
     Batch,
     KnownTensors,
     Options,
+    RowsLaunch,
     Work,
     fused_dtypes,
+    grouped,
     prepare_for_loop,
     prepare_foreach,
     prepare_fused,
@@ -91,8 +94,12 @@ class Adamax(Optimizer):
         fused: True takes the compiled CPU kernels or raises, False never takes them.
         decoupled_weight_decay: multiply parameters by ``1 - lr * weight_decay`` instead of
             adding an L2 penalty to the gradient.
-        sparse: what a sparse gradient means for the rows it does not touch; ``"lazy"``
-            leaves them as they are.
+        sparse: what a sparse gradient means for the rows it does not touch. ``"lazy"``
+            leaves them as they are. ``"exact"`` gives them a gradient of zero, as the dense
+            rule does, at the cost of the touched rows, for tables on the CPU: call
+            :meth:`attach` with the model, and :meth:`flush` before anything else reads a
+            whole table. It excludes ``foreach``, ``fused=False``, ``differentiable``,
+            ``capturable`` and L2 penalties.
 
     If neither ``foreach`` nor ``fused`` is given, each parameter takes the fastest path
     that serves it: the compiled kernels on the CPU, torch's operations on lists elsewhere.
@@ -153,6 +160,7 @@ class Adamax(Optimizer):
         _check_options(defaults)
         super().__init__(params, defaults)
         self._forget_tensors()
+        self._tables = Tables(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, see :class:`torch.optim.Optimizer`.
@@ -164,15 +172,25 @@ class Adamax(Optimizer):
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            for param in self.param_groups[-1]["params"]:
+            group = self.param_groups[-1]
+            for param in group["params"]:
                 _check_parameter(param)
+            if group["sparse"] == "exact":
+                check_betas(_hyperparameters(group), group["params"], _NAMES)
         except ValueError:
             del self.param_groups[-1]
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()  # a copy does not know what rows have missed
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_tensors()
+        if "_tables" not in self.__dict__:  # unpickled, not loaded
+            self._tables = Tables(self)
         for group in self.param_groups:
             # What checkpoints of torch.optim.Adamax lack.
             group.setdefault("foreach", None)
@@ -181,7 +199,7 @@ class Adamax(Optimizer):
             group.setdefault("capturable", False)
             group.setdefault("fused", None)
             group.setdefault("decoupled_weight_decay", False)
-            group.setdefault("sparse", "lazy")
+            group.setdefault("sparse", self.defaults.get("sparse", "lazy"))
             for param in group["params"]:
                 param_state = self.state.get(param)
                 if param_state and not isinstance(param_state["step"], Tensor):
@@ -242,7 +260,8 @@ class Adamax(Optimizer):
             IndexError: an index of a sparse gradient is out of range.
             ValueError: a learning rate or other option out of range, or a gradient of a
                 layout other than strided and COO.
-            RuntimeError: ``fused`` or ``capturable`` where a parameter does not allow it.
+            RuntimeError: ``fused``, ``capturable`` or ``sparse="exact"`` where a parameter
+                does not allow it, or a gradient for a row that was not up to date.
 
             No parameter and no state has changed then.
         """
@@ -253,7 +272,11 @@ class Adamax(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._eager_step()
-        elif self.defaults["differentiable"] or hasattr(self, "found_inf"):
+        elif (
+            self.defaults["differentiable"]
+            or hasattr(self, "found_inf")
+            or any(group["sparse"] == "exact" for group in self.param_groups)
+        ):
             self._step_outside_graphs()
         else:
             self._compiled_step()
@@ -272,7 +295,8 @@ class Adamax(Optimizer):
                 batch = Batch([], [], [], [], [])
                 self._init_group(group, *batch.lists())
                 if batch.params:
-                    work += _prepare(batch, group, scale, self._known[position])
+                    known = self._known[position]
+                    work += _prepare(batch, group, scale, known, self._tables)
         except BaseException:
             for param in list(self.state)[had_state:]:
                 del self.state[param]
@@ -280,7 +304,7 @@ class Adamax(Optimizer):
         for part in work:
             part()
 
-    # What the operator cannot do: let autograd record the step, and skip it.
+    # What the operator cannot do: let autograd record the step, skip it, sparse gradients.
     _step_outside_graphs = _disable_dynamo(_eager_step)
 
     def _compiled_step(self) -> None:
@@ -308,6 +332,126 @@ class Adamax(Optimizer):
                     group["maximize"],
                 )
 
+    # --- Rows that are behind, with sparse="exact" ----------------------------------------
+
+    def attach(self, model: torch.nn.Module) -> Attachment:
+        """Have the embeddings of ``model`` bring rows up to date before they read them.
+
+        With ``sparse="exact"`` a row that is not touched is left behind, and moves only
+        when it is needed. This finds the :class:`torch.nn.Embedding` and
+        :class:`torch.nn.EmbeddingBag` modules with ``sparse=True`` whose weight is in this
+        optimizer, and those that share such a weight. They then bring the rows of each
+        batch up to date, in training and in evaluation, and whole tables before
+        ``model.state_dict()``, ``model.load_state_dict()``, ``copy.deepcopy(model)`` and
+        ``torch.save(model)``. What reads a weight in other ways needs :meth:`lookup` or
+        :meth:`flush`. Copies of the model are not attached.
+
+        Args:
+            model: attach the outermost module, :class:`DistributedDataParallel` included,
+                since its processes have gradients for rows that others have read.
+
+        Returns:
+            A handle with ``remove()``, and with the ``names`` of the weights.
+
+        Raises:
+            ValueError: there is no such module.
+
+        >>> import torch
+        >>> model = torch.nn.EmbeddingBag(1000, 8, sparse=True)
+        >>> optimizer = Adamax(model.parameters(), lr=0.01, sparse="exact")
+        >>> optimizer.attach(model)
+        Attachment(weight)
+        >>> for ids in ([[1, 2]], [[3, 2]], [[1, 3]]):
+        ...     optimizer.zero_grad()
+        ...     model(torch.tensor(ids)).square().sum().backward()
+        ...     optimizer.step()
+        """
+        exact = (
+            param
+            for group in self.param_groups
+            if group["sparse"] == "exact"
+            for param in group["params"]
+        )
+        return attach(self._tables, model, exact)
+
+    def catch_up(self, weight: Tensor, ids: Tensor) -> None:
+        """Bring the rows ``ids`` of ``weight`` up to date, for functions that read them.
+
+        Args:
+            weight: a parameter of this optimizer.
+            ids: integers of any shape.
+
+        Raises:
+            IndexError: an id outside the table.
+            RuntimeError: ``weight`` was moved or converted while rows were behind.
+            ValueError: ``weight`` is not a parameter of this optimizer.
+        """
+        self._tables.check_known(weight)
+        self._tables.catch_up(weight, ids)
+
+    def lookup(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """The rows ``weight[ids]``, up to date, with a sparse gradient.
+
+        :func:`torch.nn.functional.embedding` after :meth:`catch_up`.
+
+        Args:
+            weight: a parameter of this optimizer.
+            ids: integers of any shape.
+
+        Returns:
+            A tensor of the shape ``(*ids.shape, *weight.shape[1:])``.
+
+        Raises:
+            IndexError: an id outside the table.
+            RuntimeError: ``weight`` was moved or converted while rows were behind.
+            ValueError: ``weight`` is not a parameter of this optimizer.
+
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(1000, 2))
+        >>> optimizer = Adamax([weight], lr=0.1, sparse="exact")
+        >>> for id in (7, 3, 7):
+        ...     optimizer.zero_grad()
+        ...     (optimizer.lookup(weight, torch.tensor([id])) - 1).square().sum().backward()
+        ...     optimizer.step()
+        >>> weight[3].detach()  # without what it has missed in the last step
+        tensor([0.0526, 0.0526])
+        >>> optimizer.lookup(weight, torch.tensor(3)).detach()
+        tensor([0.0859, 0.0859])
+        """
+        self.catch_up(weight, ids)
+        return torch.nn.functional.embedding(ids, weight, sparse=True)
+
+    def flush(self, weight: Tensor | None = None) -> None:
+        """Bring all rows of a table, or of all tables, up to date, where they are behind.
+
+        To be called before anything reads a whole table that :meth:`attach` does not see.
+        :meth:`state_dict` calls it. It takes a pass over the table and its state, and shows
+        a progress bar when that is long and tqdm is installed.
+
+        Args:
+            weight: a parameter, or None for all.
+
+        Raises:
+            RuntimeError: ``weight`` was moved or converted while rows were behind.
+            ValueError: ``weight`` is not a parameter of this optimizer.
+        """
+        if weight is not None:
+            self._tables.check_known(weight)
+        for param in list(self._tables.behind()) if weight is None else [weight]:
+            self._tables.flush(param)
+
+    # --- Checkpoints ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`torch.optim.Optimizer.state_dict`.
+
+        With ``sparse="exact"`` all rows are brought up to date first, the parameters' too,
+        so that it is the checkpoint of a dense optimizer: save a model that is not attached
+        after this, not before.
+        """
+        self.flush()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of :class:`torch.optim.Adamax`.
 
@@ -315,7 +459,10 @@ class Adamax(Optimizer):
 
         Raises:
             ValueError: groups, state or shapes that do not fit. Nothing has changed then.
+            RuntimeError: with ``sparse="exact"``, rows that are behind: what they have
+                missed belongs to the state that would be replaced.
         """
+        self._tables.check_none_is_behind("you load weights and state")
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -333,6 +480,7 @@ class Adamax(Optimizer):
                     # On the device and in the memory order of the parameter.
                     state[name] = _new_state(param, name).copy_(given[name])
                 state["step"] = state["step"].clone()  # else it is the checkpoint's
+            self._tables.forget()
 
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -351,6 +499,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise RuntimeError("fused and foreach cannot both be True")
     if options["differentiable"] and (options["fused"] or options["foreach"]):
         raise RuntimeError("differentiable excludes fused and foreach")
+    if options["sparse"] == "exact":
+        check_options(options)
 
 
 def _hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
@@ -389,7 +539,11 @@ def _validated(
 
 
 def _prepare(
-    batch: Batch, group: Mapping[str, Any], scale: float, known: KnownTensors
+    batch: Batch,
+    group: Mapping[str, Any],
+    scale: float,
+    known: KnownTensors,
+    tables: Tables | None = None,
 ) -> list[Work]:
     """All that can fail in the step of a group; returns what remains to be done."""
     options = Options(
@@ -400,6 +554,36 @@ def _prepare(
         capturable=group["capturable"],
         differentiable=group["differentiable"],
     )
+    work: list[Work] = []
+    if group["sparse"] == "exact" and tables is not None:
+        check_options(group)
+        batch, sparse = batch.by_layout()
+        tables.check_dense(batch.params)
+        work += [_exact_launch(part, options, scale, tables) for part in sparse.singles()]
+        if not batch.params:
+            return work
+    elif tables is not None:
+        tables.check_lazy(batch.params)
+    return work + _prepare_group(batch, group, options, scale, known)
+
+
+def _exact_launch(batch: Batch, options: Options, scale: float, tables: Tables) -> Work:
+    (param,), (grad,) = batch.params, batch.grads
+    deferred = tables.prepare(batch, options.hyperparameters)
+    rows = sparse_rows(param, grad)
+    groups = grouped(rows)
+    tables.check_rows(param, rows, groups, deferred)
+    flush = functools.partial(tables.flush, param)
+    return RowsLaunch(batch, options, scale, rows, groups, deferred, flush)
+
+
+def _prepare_group(
+    batch: Batch,
+    group: Mapping[str, Any],
+    options: Options,
+    scale: float,
+    known: KnownTensors,
+) -> list[Work]:
     batch = _local(batch)
     recorded = options.differentiable and torch.is_grad_enabled()
     if recorded and any(p.is_leaf and p.requires_grad for p in batch.params):
