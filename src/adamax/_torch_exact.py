@@ -268,7 +268,8 @@ def attach(tables: Tables, model: nn.Module, exact: Iterable[Tensor]) -> Attachm
         )
     process_groups = _process_groups(model)
     handles: list[Any] = []
-    attached: dict[str, Tensor] = {}
+    attached: dict[Tensor, str] = {}  # with the first of its names
+    names: list[str] = []
     for name, module in found:
         weight = module.weight
         if weight not in sparse:
@@ -279,19 +280,18 @@ def attach(tables: Tables, model: nn.Module, exact: Iterable[Tensor]) -> Attachm
             module.register_state_dict_pre_hook(hook.flush),  # type: ignore[no-untyped-call]
             module.register_load_state_dict_pre_hook(hook.flush),  # type: ignore[no-untyped-call]
         ]
-        if weight not in attached.values():
-            tables.name(weight, name)
-        attached[name] = weight
+        names.append(name)
+        tables.name(weight, attached.setdefault(weight, name))
         if weight in process_groups:
             tables.share(weight, process_groups[weight])
 
     def remove() -> None:
-        for weight in attached.values():
+        for weight in attached:
             tables.flush(weight)
         for handle in handles:
             handle.remove()
 
-    return Attachment(tuple(attached), remove)
+    return Attachment(tuple(names), remove)
 
 
 def _process_groups(model: nn.Module) -> dict[Tensor, Any]:
