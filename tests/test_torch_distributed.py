@@ -123,6 +123,10 @@ def test_data_parallel(group, path, max_norm):
     group.run("data_parallel", path=path, max_norm=max_norm)
 
 
+def test_exact_data_parallel(group):
+    group.run("exact_data_parallel")
+
+
 def test_data_parallel_with_accumulated_gradients(group):
     group.run("accumulated_data_parallel")
 

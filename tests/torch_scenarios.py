@@ -251,6 +251,42 @@ def data_parallel(path: str, max_norm: float | None) -> None:
     assert torch.equal(table[USED_ROWS:], unused)
 
 
+def exact_data_parallel() -> None:
+    """Rows that have a gradient because another process has read them."""
+    decoupled = {**OPTIONS, "decoupled_weight_decay": True}
+    batches = make_batches() * 3
+    model, alone = DistributedDataParallel(Model(sparse=True)), Model(sparse=False)
+    optimizer = Adamax(model.parameters(), **decoupled, sparse="exact")
+    attachment = optimizer.attach(model)
+    assert attachment.names == ("module.table.weight",)
+    expected = Adamax(alone.parameters(), **decoupled)
+    train(model, optimizer, own_parts(batches))
+    train(alone, expected, batches)
+    optimizer.flush()
+    actual = contents(model.named_parameters(), optimizer)
+    assert_close(actual, contents(alone.named_parameters(), expected))
+    for elsewhere in gathered(actual):
+        assert_same(actual, elsewhere)
+
+    # A row that no process has read through the model.
+    train(model, optimizer, own_parts(batches[:1]))
+    weight = model.module.table.weight
+    before = contents(model.named_parameters(), optimizer)
+    weight.grad = torch.sparse_coo_tensor(
+        torch.tensor([[0, 25]]),
+        torch.ones(2, 6, dtype=weight.dtype),
+        weight.shape,
+        check_invariants=True,
+    )
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "row 25 of parameter 'module.table.weight' has a gr" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a row that was behind was stepped")
+    assert_same(contents(model.named_parameters(), optimizer), before)
+
+
 def accumulated_data_parallel() -> None:
     """Gradients of two batches are added up, and only then averaged over processes."""
     batches = make_batches()
@@ -497,6 +533,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         fails,
         never_ends,
         data_parallel,
+        exact_data_parallel,
         accumulated_data_parallel,
         fully_sharded,
         tensor_parallel,
