@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from . import cases_keras, cases_numpy, cases_torch, report
+from . import cases_exact, cases_keras, cases_numpy, cases_torch, report
 from .harness import Case, Result, run
 from .meters import CannotMeasureError
 
@@ -14,6 +14,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "numpy": cases_numpy.CASES,
     "torch": cases_torch.CASES,
     "keras": cases_keras.CASES,
+    "exact": cases_exact.CASES,
 }
 
 _RESULTS = Path(__file__).parent / "results"

@@ -24,10 +24,12 @@ TableWork = Dense | Sparse
 class NumpyAdamax:
     """Ours, for NumPy arrays."""
 
-    def __init__(self, work: TableWork) -> None:
+    def __init__(self, work: TableWork, sparse: str = "lazy") -> None:
         adamax.set_num_threads(THREADS)
         self._arrays = work.initial()
-        self._optimizer = adamax.Adamax(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
+        self._optimizer = adamax.Adamax(
+            LEARNING_RATE, BETA_1, BETA_2, EPSILON, sparse=sparse
+        )
         self._optimizer.build(self._arrays)
         for state in self._optimizer.state_dict().values():
             state[...] = 0  # touches its memory
@@ -46,6 +48,32 @@ class NumpyAdamax:
 
     def parameters(self) -> list[Array]:
         return self._arrays
+
+
+class NumpyExact(NumpyAdamax):
+    """The same in exact mode, with the lookup of the rows that it needs before."""
+
+    def __init__(self, work: TableWork) -> None:
+        super().__init__(work, sparse="exact")
+
+    def step(self) -> None:
+        ((gradient, table),) = self._pairs
+        self._rows = self._optimizer.lookup(table, gradient.indices)
+        self._optimizer.apply_gradients(self._pairs)
+
+    def parameters(self) -> list[Array]:
+        self._optimizer.flush()
+        return self._arrays
+
+
+class NumpyDensified(NumpyAdamax):
+    """Ours, with gradients that have been made dense. Making them is not measured."""
+
+    def take(self, draw: list[Gradient]) -> None:
+        (rows,), (table,) = draw, self._arrays
+        gradient = np.zeros_like(table)
+        np.add.at(gradient, rows.ids, rows.values)
+        self._pairs = [(gradient, table)]
 
 
 class Torch:
@@ -84,6 +112,27 @@ class Torch:
 
     def parameters(self) -> list[Array]:
         return [parameter.detach().numpy() for parameter in self._parameters]
+
+
+class TorchExact(Torch):
+    """Ours in exact mode, with what its hooks do before a batch is read."""
+
+    def __init__(self, work: TableWork) -> None:
+        super().__init__(work, "adamax.torch.Adamax", sparse="exact")
+
+    def take(self, draw: list[Gradient]) -> None:
+        super().take(draw)
+        (gradient,) = draw
+        self._ids = self._torch.from_numpy(gradient.ids.copy())
+
+    def step(self) -> None:
+        (table,) = self._parameters
+        self._optimizer.catch_up(table, self._ids)
+        self._optimizer.step()
+
+    def parameters(self) -> list[Array]:
+        self._optimizer.flush()
+        return super().parameters()
 
 
 class MemoryLimit:

@@ -25,11 +25,13 @@ def run(*arguments):
 
 def test_toy_sizes_run_and_agree_with_float64(torch):
     cases = ["dense", "sparse-zipf-1e6"]
-    done = run("--quick", "--only", *cases)
+    exact = ["exact-numpy-zipf-1e6", "exact-torch-uniform-1e6", "exact-numpy-dense"]
+    done = run("--quick", "--only", *cases, *exact)
     assert done.returncode == 0, done.stderr
-    for case in cases:
+    for case in (*cases, *exact):
         assert f"{case}: " in done.stdout
     assert done.stdout.count("| adamax ") == len(cases)
+    assert done.stdout.count("| exact: lookup and step ") == len(exact)
 
 
 def test_cases_are_listed_and_unknown_ones_refused():
