@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,14 @@ def test_there_are_examples(name):
     if name in NEEDS:
         framework(NEEDS[name])
     assert doctest.testmod(importlib.import_module(name)).attempted > 0
+
+
+def test_the_page_about_exact_mode_runs():
+    framework("torch")
+    page = Path(__file__).parents[1] / "docs" / "exact.md"
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})

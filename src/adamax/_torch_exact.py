@@ -15,7 +15,7 @@ from ._kernels import Storage, kernels
 from ._rule import Hyperparameters
 from ._torch_paths import STORAGE, Batch, SparseRows, fused_dtypes, in_place, sparse_rows
 
-_LOOKUP = "attach(model), or lookup(weight, ids)"
+_LOOKUP = "attach(model) with the outermost module, or lookup(weight, ids)"
 _FLUSH = "flush()"
 
 
