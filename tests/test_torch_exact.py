@@ -456,8 +456,9 @@ def test_a_gradient_for_a_row_that_was_behind_is_refused():
     before = contents(optimizer)
     expected = re.escape(
         "row 6 of parameter 'table.weight' has a gradient, but was not up to date when it "
-        "was read: call attach(model) with the outermost module, or lookup(weight, ids) for "
-        "the rows of a batch before they are read, or flush() to bring all rows up to date"
+        "was read: call attach(model) with the outermost module, or lookup(weight, ids) "
+        "for the rows of a batch before they are read, or flush() to bring all rows up to "
+        "date"
     )
     with pytest.raises(RuntimeError, match=f"^{expected}$"):
         optimizer.step()
