@@ -1,15 +1,15 @@
-"""Cases of ``sparse="exact"``, beside lazy steps and dense ones."""
+"""Cases of ``sparse="exact"``, beside lazy steps."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from . import contestants
-from .harness import SECONDS_FOR_MEMORY, Case, Contestant, CostsAtMost, Faster
+from .harness import SECONDS_FOR_MEMORY, Case, Contestant, CostsAtMost
 from .oracle import ADAMAX, LAZY_ADAMAX
 from .workloads import ROWS, Sparse
 
-EXACT, LAZY, DENSE = "exact: lookup and step", "lazy step", "dense step"
+EXACT, LAZY = "exact: lookup and step", "lazy step"
 # Lazy steps and exact ones, by front end.
 MAKERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "numpy": (contestants.NumpyAdamax, contestants.NumpyExact),
@@ -54,22 +54,6 @@ def _flat(front_end: str) -> Case:
     )
 
 
-def _beside_dense() -> Case:
-    work = Sparse(ROWS["1e6"])
-    return Case(
-        "exact-numpy-dense",
-        "numpy: 4096 uniform ids into rows of 64, table of 1e6 rows, the same trajectory",
-        (
-            _exact("numpy", work),
-            Contestant(DENSE, contestants.NumpyDensified, work, ADAMAX),
-        ),
-        (Faster(EXACT, (DENSE,), 20),),
-        rounds=7,
-        settle=SECONDS_FOR_MEMORY,
-        steps=4,
-    )
-
-
 CASES = (
     *(
         _beside_lazy(front_end, size, zipf)
@@ -78,5 +62,4 @@ CASES = (
         for zipf in (False, True)
     ),
     *map(_flat, MAKERS),
-    _beside_dense(),
 )

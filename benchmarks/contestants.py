@@ -66,16 +66,6 @@ class NumpyExact(NumpyAdamax):
         return self._arrays
 
 
-class NumpyDensified(NumpyAdamax):
-    """Ours, with gradients that have been made dense. Making them is not measured."""
-
-    def take(self, draw: list[Gradient]) -> None:
-        (rows,), (table,) = draw, self._arrays
-        gradient = np.zeros_like(table)
-        np.add.at(gradient, rows.ids, rows.values)
-        self._pairs = [(gradient, table)]
-
-
 class Torch:
     """An optimizer with the protocol of ``torch.optim``, by its full name."""
 

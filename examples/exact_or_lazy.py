@@ -43,7 +43,7 @@ from word_vectors import (
     whole_number,
 )
 
-EVALUATIONS = 30  # of the held-out loss, spread over the run
+EVALUATIONS = 20  # of the held-out loss, spread over the run
 PLOT = "exact.png"
 DENSE, EXACT, LAZY = "dense", "exact", "lazy"
 KINDS = (DENSE, EXACT, LAZY)
@@ -172,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = partial(parser.add_argument, metavar="X")
     count = whole_number
     add("--text", type=Path, help="a text in UTF-8 (the documentation of Python)")
-    add("--steps", type=count, default=450, help="of each run (%(default)s)")
+    add("--steps", type=count, default=200, help="of each run (%(default)s)")
     add("--rows", type=count, default=2**19, help="of the table (%(default)s)")
     add("--dim", type=count, default=32, help="length of a row (%(default)s)")
     add("--batch", type=count, default=1024, help="words per step (%(default)s)")

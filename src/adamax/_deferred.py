@@ -36,10 +36,9 @@ class DeferredRows:
         storage: of the parameter.
         rows: of the table.
         row_length: elements in a row.
-        beta_1: of the next step, as ``beta_2`` and ``epsilon``.
-        beta_2: see there.
-        epsilon: see there.
-        names: what the front end calls these, for the error messages.
+        beta_1: of the next step.
+        beta_2: likewise.
+        epsilon: likewise.
 
     Raises:
         ValueError: betas for which sums would be too long.
