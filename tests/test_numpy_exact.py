@@ -392,7 +392,7 @@ def test_the_history_is_small_beside_the_table():
     from adamax._deferred import DeferredRows
     from adamax._kernels import Storage
 
-    for rows, width in ((1000, 8), (10**7, 64), (10**9, 64)):
+    for rows, width in ((1000, 8), (10**7, 64), (10**8, 64)):
         history = DeferredRows(Storage.FLOAT32, 1, 1, 0.9, 0.999, EPSILON)
         history.rows, history.row_length = rows, width
         made = history._new_history(0.9, 0.999)
