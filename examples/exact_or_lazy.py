@@ -20,7 +20,7 @@ printed and drawn is how far both sparse runs are from the dense one, and what t
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +84,10 @@ def make(
     return model, optimizer
 
 
-def train(kind: str, corpus: Corpus, options: argparse.Namespace, bar: tqdm) -> Run:
+def train(
+    kind: str, corpus: Corpus, options: argparse.Namespace, bar: tqdm
+) -> Iterator[Run]:
+    """Yield what has become of a run after each evaluation; the last is all of it."""
     # The first steps of all take longer, as they load code. A small model can take those.
     small = make(kind, 1, 1, options)
     rows, words = corpus.training
@@ -96,19 +99,19 @@ def train(kind: str, corpus: Corpus, options: argparse.Namespace, bar: tqdm) -> 
     except RuntimeError:
         table = f"a table of {options.rows} rows of {options.dim} numbers"
         raise UnusableInputError(f"there is not enough memory for {table}") from None
-    bar.set_description(kind)
     evaluated = np.linspace(0, options.steps, EVALUATIONS + 1).round().astype(int)
     evaluated = np.unique(evaluated)
     losses, seconds = [held_out_loss(model, corpus)], []
     for number, batch in enumerate(batches(corpus, options), start=1):
         seconds.append(step(model, optimizer, *batch))
+        bar.update()
         if number in evaluated:
             losses.append(held_out_loss(model, corpus))
-        bar.update()
-    optimizer.flush()
-    return Run(
-        evaluated, np.array(losses), np.array(seconds), model.table.weight.detach().clone()
-    )
+            if number == options.steps:
+                optimizer.flush()
+            yield Run(
+                evaluated, np.array(losses), np.array(seconds), model.table.weight.detach()
+            )
 
 
 # --- Results ---------------------------------------------------------------------------
@@ -193,7 +196,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
     print(f"Table       {options.rows:,} rows, of which the training text uses {used:,}")
     with tqdm(total=len(KINDS) * options.steps, unit=" steps", dynamic_ncols=True) as bar:
-        runs = {kind: train(kind, corpus, options, bar) for kind in KINDS}
+        trained = [train(kind, corpus, options, bar) for kind in KINDS]
+        # By turns, so that whatever else the machine does slows all of them down.
+        for latest in zip(*trained, strict=True):
+            runs = dict(zip(KINDS, latest, strict=True))
     print_results(runs)
     save_plot(options.out / PLOT, runs)
     print(f"\nThe losses in the course of training are drawn in {options.out / PLOT}")

@@ -1,5 +1,6 @@
 """``sparse="exact"`` for PyTorch: tables with rows that are behind, and who reads them."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from ._deferred import DeferredRows
 from ._exact import Expansion
 from ._kernels import Storage, kernels
 from ._rule import Hyperparameters
-from ._torch_paths import STORAGE, Batch, SparseRows, fused_dtypes, in_place, sparse_rows
+from ._torch_paths import STORAGE, Batch, SparseRows, fused_dtypes, in_place
 
 _LOOKUP = "attach(model) with the outermost module, or lookup(weight, ids)"
 _FLUSH = "flush()"
@@ -178,9 +179,8 @@ class Tables:
         settings = h.beta_1, h.beta_2, h.epsilon
         deferred = self._deferred.get(param)
         if deferred is None:
-            rows = sparse_rows(param, grad)
-            length = rows.row_length * (2 if param.is_complex() else 1)
-            deferred = DeferredRows(STORAGE[param.dtype], rows.count, length, *settings)
+            length = math.prod(param.shape[1:]) * (2 if param.is_complex() else 1)
+            deferred = DeferredRows(STORAGE[param.dtype], len(param), length, *settings)
             self._deferred[param] = deferred
         deferred.check_settings(*settings, self._called(param), _FLUSH)
         return deferred
