@@ -25,9 +25,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# PyTorch imports Triton, and where TensorFlow was loaded before, that is a crash.
-with contextlib.suppress(ImportError):
-    import triton  # noqa: F401
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton decides when it is imported whether its kernels run in its interpreter.
+    if "not cuda" in config.option.markexpr:
+        os.environ["TRITON_INTERPRET"] = "1"
+    # PyTorch imports Triton, and where TensorFlow was loaded before, that is a crash.
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+
 
 hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, max_examples=200

@@ -7,8 +7,8 @@ import keras
 import torch
 from torch import Tensor
 
-from ._torch_paths import Batch, KnownTensors
-from .torch import _prepare
+from ._torch_paths import Batch, Scaling
+from .torch import Known, _prepare, counts_on
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
@@ -17,9 +17,10 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def build(self, variables: Sequence[Any]) -> None:
         super().build(variables)
         # The kernels count steps of a parameter; Keras counts those of an optimizer.
-        self._step_counts = torch.zeros(len(variables), dtype=torch.float64)
+        place = counts_on(variables[0].value, self._group(0.0, 0.0)) if variables else None
+        self._step_counts = torch.zeros(len(variables), dtype=torch.float64, device=place)
         self._steps = list(self._step_counts.unbind())
-        self._known: dict[float, KnownTensors] = {}
+        self._known: dict[float, Known] = {}
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         if self.gradient_accumulation_steps:  # the accumulators are dense
@@ -49,8 +50,8 @@ class BackendOptimizer(keras.optimizers.Optimizer):
                 tensors.append(tensor)
         work = []
         for weight_decay, batch in batches.items():
-            known = self._known.setdefault(weight_decay, KnownTensors())
-            work += _prepare(batch, self._group(lr, weight_decay), 1.0, known)
+            known = self._known.setdefault(weight_decay, Known())
+            work += _prepare(batch, self._group(lr, weight_decay), Scaling(), known)
         for part in work:
             part()
 

@@ -14,6 +14,8 @@ from ._deferred import DeferredRows
 from ._exact import Expansion
 from ._kernels import Storage, kernels
 from ._rule import Hyperparameters
+from ._torch_cuda import cuda_serves
+from ._torch_cuda_exact import DeferredRowsOnDevice
 from ._torch_paths import STORAGE, Batch, SparseRows, fused_dtypes, in_place
 
 _LOOKUP = "attach(model) with the outermost module, or lookup(weight, ids)"
@@ -94,12 +96,15 @@ class Tables:
         deferred = self._deferred.get(param)
         if deferred is None or not deferred.may_be_behind:
             return
-        addresses = self._addresses(param, deferred)
+        tables = self._with_state(param, deferred)
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
+        if isinstance(deferred, DeferredRowsOnDevice):
+            deferred.bring_ids_up_to_date(tables, ids)
+            return
         flat = ids.detach().reshape(-1).cpu().numpy()
         groups = kernels().group_rows(flat, deferred.rows)
-        if deferred.catch_up(groups, addresses, 0, torch.get_num_threads()):
+        if deferred.catch_up(groups, _addresses(tables), 0, torch.get_num_threads()):
             increment_version(param)
 
     @_disable_dynamo
@@ -108,23 +113,30 @@ class Tables:
         deferred = self._deferred.get(param)
         if deferred is None or not deferred.may_be_behind:
             return
-        addresses = self._addresses(param, deferred)
+        tables = self._with_state(param, deferred)
         threads = torch.get_num_threads()
 
         def catch_up(start: int, stop: int) -> None:
-            deferred.catch_up_range(start, stop, addresses, threads)
+            if isinstance(deferred, DeferredRowsOnDevice):
+                deferred.bring_up_to_date(tables, None, range(start, stop))
+            else:
+                deferred.catch_up_range(start, stop, _addresses(tables), threads)
 
         try:
             deferred.flush(catch_up, self._called(param))
         finally:
             increment_version(param)
 
-    def _addresses(self, param: Tensor, deferred: DeferredRows) -> tuple[int, int, int]:
-        """Of ``w``, ``m`` and ``u``, if they are still what they were."""
+    def _with_state(
+        self, param: Tensor, deferred: DeferredRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A parameter and its state, if they are still where and what they were."""
         state = self._optimizer.state[param]
         exp_avg, exp_inf = state["exp_avg"], state["exp_inf"]
+        cpu = torch.device("cpu")
+        on = deferred.device if isinstance(deferred, DeferredRowsOnDevice) else cpu
         same = (
-            param.is_cpu
+            param.device == on
             and STORAGE.get(param.dtype) is deferred.storage
             and len(param) == deferred.rows
             and in_place(param, exp_avg, exp_inf)
@@ -134,7 +146,7 @@ class Tables:
                 f"{self._called(param)} has been moved or converted while rows of it were "
                 f"behind: call {_FLUSH} before"
             )
-        return param.data_ptr(), exp_avg.data_ptr(), exp_inf.data_ptr()
+        return param, exp_avg, exp_inf
 
     # --- Steps -------------------------------------------------------------------------
 
@@ -165,10 +177,17 @@ class Tables:
                 than the rows.
         """
         (param,), (grad,), (exp_avg,), (exp_inf,), _ = batch.lists()
-        if fused_dtypes([param]) is None or not in_place(param, exp_avg, exp_inf):
+        on_device = cuda_serves([param])
+        serves = on_device or fused_dtypes([param]) is not None
+        if not (serves and in_place(param, exp_avg, exp_inf)):
             raise RuntimeError(
-                f"sparse='exact' needs a contiguous table on the CPU, got "
-                f"{self._called(param)} on {param.device}"
+                f"sparse='exact' needs a contiguous table on the CPU or, with Triton "
+                f"installed, on an NVIDIA GPU, got {self._called(param)} on {param.device}"
+            )
+        if on_device and param in self._groups:
+            raise RuntimeError(
+                f"sparse='exact' under DistributedDataParallel needs tables on the CPU, "
+                f"got {self._called(param)} on {param.device}"
             )
         if grad.sparse_dim() != 1:
             raise ValueError(
@@ -180,7 +199,11 @@ class Tables:
         deferred = self._deferred.get(param)
         if deferred is None:
             length = math.prod(param.shape[1:]) * (2 if param.is_complex() else 1)
-            deferred = DeferredRows(STORAGE[param.dtype], len(param), length, *settings)
+            size = STORAGE[param.dtype], len(param), length
+            if on_device:
+                deferred = DeferredRowsOnDevice(*size, *settings, param.device)
+            else:
+                deferred = DeferredRows(*size, *settings)
             self._deferred[param] = deferred
         deferred.check_settings(*settings, self._called(param), _FLUSH)
         return deferred
@@ -208,7 +231,7 @@ class Tables:
             row = int(distinct[everywhere.bool()][0])
             deferred.refuse(row, self._called(param), _LOOKUP, _FLUSH)
         if behind.any():
-            addresses = self._addresses(param, deferred)
+            addresses = _addresses(self._with_state(param, deferred))
             deferred.catch_up(groups, addresses, 0, torch.get_num_threads())
             increment_version(param)
 
@@ -222,6 +245,11 @@ class Tables:
                     name = names[position] if names else f"{position} of group {number}"
                     return f"parameter {name!r}" if names else f"parameter {name}"
         return f"a parameter of shape {tuple(param.shape)}"
+
+
+def _addresses(tables: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
+    w, m, u = tables
+    return w.data_ptr(), m.data_ptr(), u.data_ptr()
 
 
 # --- Modules ---------------------------------------------------------------------------

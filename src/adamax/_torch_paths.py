@@ -79,6 +79,24 @@ class Options:
         return 0.0 if self.decoupled else self.hyperparameters.weight_decay
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What a ``GradScaler`` leaves to the optimizer. To ask for it waits for the device."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def number(self) -> float:
+        """What gradients are multiplied by."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def skips(self) -> bool:
+        """Whether there is to be no step."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+
 @dataclass(slots=True)
 class Batch:
     """Parameters of one group with their gradients and state, in parallel lists."""
@@ -141,7 +159,7 @@ class KnownTensors:
         self._table = _Table([], [], [])
 
     def remember(self, batch: Batch, table: "_Table") -> None:
-        self._tensors = _written(batch)
+        self._tensors = written(batch)
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._dtype = batch.params[0].dtype
         self._sizes = [param.numel() for param in batch.params]
@@ -151,7 +169,7 @@ class KnownTensors:
         """A launch if all tensors are known and the gradients are fit too."""
         if not len(batch) == len(self._sizes) > 0:
             return None
-        tensors = _written(batch)
+        tensors = written(batch)
         if (
             all(map(operator.is_, tensors, self._tensors))
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
@@ -162,7 +180,7 @@ class KnownTensors:
         return None
 
 
-def _written(batch: Batch) -> list[Tensor]:
+def written(batch: Batch) -> list[Tensor]:
     return [*batch.params, *batch.exp_avgs, *batch.exp_infs, *batch.steps]
 
 
@@ -323,30 +341,38 @@ def _flattened(
     flat: list[list[Tensor]] = [[], [], [], []]
     copies: list[tuple[Tensor, Tensor]] = []
     for tensors in zip(*columns, strict=True):
-        # Of the parameter's shape and order of dimensions, without holes; no memory.
-        like = torch.empty_like(
-            tensors[0], device="meta", memory_format=torch.preserve_format
-        )
+        like = layout_of(tensors[0])
         for tensor, dtype, column in zip(tensors, dtypes, flat, strict=True):
-            if tensor.shape != like.shape:
-                raise ValueError(
-                    f"the state of a parameter of shape {tuple(like.shape)} must have its "
-                    f"shape, got {tuple(tensor.shape)}"
-                )
-            fits = (
-                tensor.stride() == like.stride()
-                and tensor.dtype is dtype
-                and tensor.is_cpu
-                and not (tensor.is_conj() or tensor.is_neg())
-            )
-            if fits:
-                column.append(tensor)
-                continue
-            copy = torch.empty_like(like, dtype=dtype, device="cpu").copy_(tensor)
-            column.append(copy)
-            if column is not flat[-1]:  # gradients are not written
-                copies.append((tensor, copy))
+            fit = fitted(tensor, like, dtype, tensors[0].device)
+            column.append(fit)
+            if fit is not tensor and column is not flat[-1]:  # gradients are not written
+                copies.append((tensor, fit))
     return flat, copies
+
+
+def layout_of(param: Tensor) -> Tensor:
+    """Of the parameter's shape and order of dimensions, without holes; no memory."""
+    return torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
+
+
+def fitted(
+    tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``tensor`` if it has the layout of ``like``, else a copy that has."""
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"the state of a parameter of shape {tuple(like.shape)} must have its shape, "
+            f"got {tuple(tensor.shape)}"
+        )
+    fits = (
+        tensor.stride() == like.stride()
+        and tensor.dtype is dtype
+        and tensor.device == device
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+    return (
+        tensor if fits else torch.empty_like(like, dtype=dtype, device=device).copy_(tensor)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +406,7 @@ class RowsLaunch:
             STORAGE[param.dtype],
             self.groups,
             np.array([tensor.data_ptr() for tensor in tensors], np.int64),
-            _numbers_in_row(param, self.rows),
+            numbers_in_row(param, self.rows),
             factors,
             Coefficients.of(self.options.hyperparameters),
             torch.get_num_threads(),
@@ -391,17 +417,17 @@ class RowsLaunch:
 def _rows_launch(batch: Batch, options: Options, scale: float) -> Work:
     (param,), (grad,), (exp_avg,), (exp_inf,), _ = batch.lists()
     if not in_place(param, exp_avg, exp_inf):
-        return _SparseStep.prepare(batch, options, scale)
+        return SparseStep.prepare(batch, options, scale)
     rows = sparse_rows(param, grad)
     return RowsLaunch(batch, options, scale, rows, grouped(rows))
 
 
 def in_place(param: Tensor, exp_avg: Tensor, exp_inf: Tensor) -> bool:
-    """Whether kernels can work on rows where they lie; ``param`` is on the CPU."""
+    """Whether kernels can work on rows where they lie."""
     wanted = state_dtype(param.dtype)
     return param.is_contiguous() and all(
         state.is_contiguous()
-        and state.is_cpu
+        and state.device == param.device
         and state.dtype is wanted
         and state.shape == param.shape
         for state in (exp_avg, exp_inf)
@@ -443,8 +469,12 @@ class SparseRows:
     row_length: int
 
 
-def sparse_rows(param: Tensor, grad: Tensor) -> SparseRows:
-    """``grad`` as rows of the table that the leading, sparse dimensions make."""
+def sparse_rows(param: Tensor, grad: Tensor, *, wait: bool = True) -> SparseRows:
+    """``grad`` as rows of the table that the leading, sparse dimensions make.
+
+    Several sparse dimensions are checked, which waits for the device; if that is not wanted
+    an index out of range becomes -1.
+    """
     if grad.layout is not torch.sparse_coo:
         raise ValueError(
             f"a sparse gradient must have the layout torch.sparse_coo, got {grad.layout}"
@@ -452,10 +482,13 @@ def sparse_rows(param: Tensor, grad: Tensor) -> SparseRows:
     indices, values = grad._indices(), grad._values()
     sizes, row_shape = param.shape[: len(indices)], param.shape[len(indices) :]
     if len(sizes) != 1:
-        _check_in_range(indices, sizes)
+        if wait:
+            _check_in_range(indices, sizes)
         table_rows = indices.new_zeros(indices.shape[1:])
         for index, size in zip(indices, sizes, strict=True):
             table_rows = table_rows * size + index
+        if not wait:
+            table_rows.masked_fill_(_outside(indices, sizes), -1)
     else:
         table_rows = indices[0]
     if values.dtype is not param.dtype or not values.is_contiguous() or _is_lazy(values):
@@ -478,8 +511,7 @@ def grouped(rows: SparseRows) -> Any:
 
 
 def _check_in_range(indices: Tensor, sizes: Sequence[int]) -> None:
-    limits = torch.tensor(sizes, device=indices.device)[:, None]
-    outside = ((indices < 0) | (indices >= limits)).any(dim=0).nonzero()
+    outside = _outside(indices, sizes).nonzero()
     if len(outside):
         position = int(outside[0])
         raise IndexError(
@@ -488,18 +520,25 @@ def _check_in_range(indices: Tensor, sizes: Sequence[int]) -> None:
         )
 
 
+def _outside(indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    outside = indices.new_zeros(indices.shape[1:], dtype=torch.bool)
+    for index, size in zip(indices, sizes, strict=True):
+        outside |= (index < 0) | (index >= size)
+    return outside
+
+
 def square_sum(param: Tensor, rows: SparseRows) -> float:
     """The sum of squares of a summed sparse gradient on the CPU."""
     return kernels().rows_square_sum(
         STORAGE[param.dtype],
         grouped(rows),
         rows.values.data_ptr(),
-        _numbers_in_row(param, rows),
+        numbers_in_row(param, rows),
         torch.get_num_threads(),
     )
 
 
-def _numbers_in_row(param: Tensor, rows: SparseRows) -> int:
+def numbers_in_row(param: Tensor, rows: SparseRows) -> int:
     return rows.row_length * (2 if param.is_complex() else 1)
 
 
@@ -533,7 +572,7 @@ def prepare_foreach(batch: Batch, options: Options, scale: float) -> list[Work]:
     """A step through torch's operations on lists of tensors."""
     _check_dtypes(batch.params)
     dense, sparse = batch.by_layout()
-    work: list[Work] = [_SparseStep.prepare(b, options, scale) for b in sparse.singles()]
+    work: list[Work] = [SparseStep.prepare(b, options, scale) for b in sparse.singles()]
     for part in dense.split([(param.device, param.dtype) for param in dense.params]):
         work.append(partial(_step, part, options, scale, _FOREACH))
     return work
@@ -543,7 +582,7 @@ def prepare_for_loop(batch: Batch, options: Options, scale: float) -> list[Work]
     """A step through torch's operations on one tensor at a time."""
     _check_dtypes(batch.params)
     dense, sparse = batch.by_layout()
-    work: list[Work] = [_SparseStep.prepare(b, options, scale) for b in sparse.singles()]
+    work: list[Work] = [SparseStep.prepare(b, options, scale) for b in sparse.singles()]
     # One after the other, which matters for parameters that share memory.
     work += [partial(_step, b, options, scale, _FOR_LOOP) for b in dense.singles()]
     return work
@@ -556,7 +595,7 @@ def _check_dtypes(params: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _SparseStep:
+class SparseStep:
     """The touched rows of one table, gathered, stepped and put back."""
 
     batch: Batch
@@ -567,7 +606,7 @@ class _SparseStep:
     place: Tensor  # of each index among the distinct ones
 
     @classmethod
-    def prepare(cls, batch: Batch, options: Options, scale: float) -> "_SparseStep":
+    def prepare(cls, batch: Batch, options: Options, scale: float) -> "SparseStep":
         rows = sparse_rows(batch.params[0], batch.grads[0])
         _check_in_range(rows.indices[None], [rows.count])
         distinct, place = torch.unique(rows.indices, return_inverse=True)

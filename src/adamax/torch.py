@@ -1,4 +1,4 @@
-"""Adamax for PyTorch: dense and sparse gradients in one optimizer, fused on the CPU."""
+"""Adamax for PyTorch: dense and sparse gradients in one optimizer, with fused kernels."""
 
 import functools
 import math
@@ -25,12 +25,22 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from ._kernels._memory import LARGE, zeros_beside
 from ._rule import Hyperparameters
+from ._torch_cuda import (
+    KnownOnDevice,
+    cuda_serves,
+    is_on_device,
+    prepare_cuda,
+    prepare_rows,
+    wants_cuda,
+)
+from ._torch_cuda_exact import DeferredRowsOnDevice, ExactRowsOnDevice
 from ._torch_exact import Attachment, Tables, attach, check_betas, check_options
 from ._torch_paths import (
     Batch,
     KnownTensors,
     Options,
     RowsLaunch,
+    Scaling,
     Work,
     fused_dtypes,
     grouped,
@@ -70,10 +80,10 @@ class Adamax(Optimizer):
             - \frac{\gamma}{1 - \beta_1^t} \cdot \frac{m}{u + \epsilon}
 
     What differs from :class:`torch.optim.Adamax`: gradients may be sparse COO tensors;
-    tensors on the CPU are updated in one pass over memory; the state of 16-bit parameters
-    is float32, without which :math:`u` could not decay; and :math:`\epsilon` is added in
-    the denominator rather than to :math:`|g|`, which matters only for gradients as small
-    as :math:`\epsilon`. Checkpoints go both ways.
+    tensors on the CPU and on NVIDIA GPUs are updated in one pass over memory; the state of
+    16-bit parameters is float32, without which :math:`u` could not decay; and
+    :math:`\epsilon` is added in the denominator rather than to :math:`|g|`, which matters
+    only for gradients as small as :math:`\epsilon`. Checkpoints go both ways.
 
     A sparse gradient touches the rows whose index is present: those of the parameter and of
     its state are read and written, at a cost that does not depend on the size of the table.
@@ -90,19 +100,23 @@ class Adamax(Optimizer):
             tensor at a time.
         maximize: ascend rather than descend.
         differentiable: let autograd record the step.
-        capturable: keep the step count on the device, for CUDA graphs. Not for the CPU.
-        fused: True takes the compiled CPU kernels or raises, False never takes them.
+        capturable: keep the step count on the device, for CUDA graphs; where the Triton
+            kernels serve it is there anyway. Not for the CPU.
+        fused: True takes compiled kernels (Numba's on the CPU, Triton's on an NVIDIA GPU)
+            or raises, False never takes them.
         decoupled_weight_decay: multiply parameters by ``1 - lr * weight_decay`` instead of
             adding an L2 penalty to the gradient.
         sparse: what a sparse gradient means for the rows it does not touch. ``"lazy"``
             leaves them as they are. ``"exact"`` gives them a gradient of zero, as the dense
-            rule does, at the cost of the touched rows, for tables on the CPU: call
-            :meth:`attach` with the model, and :meth:`flush` before anything else reads a
-            whole table. It excludes ``foreach``, ``fused=False``, ``differentiable``,
+            rule does, at the cost of the touched rows, for tables on the CPU or an NVIDIA
+            GPU: call :meth:`attach` with the model, and :meth:`flush` before anything else
+            reads a whole table. It excludes ``foreach``, ``fused=False``,
+            ``differentiable``,
             ``capturable`` and L2 penalties.
 
     If neither ``foreach`` nor ``fused`` is given, each parameter takes the fastest path
-    that serves it: the compiled kernels on the CPU, torch's operations on lists elsewhere.
+    that serves it: compiled kernels on the CPU and, where Triton is installed, on NVIDIA
+    GPUs; torch's operations on lists elsewhere.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -204,11 +218,11 @@ class Adamax(Optimizer):
                 param_state = self.state.get(param)
                 if param_state and not isinstance(param_state["step"], Tensor):
                     count = float(param_state["step"])
-                    param_state["step"] = _new_step(param, group["capturable"]) + count
+                    param_state["step"] = _new_step(param, group) + count
 
     def _forget_tensors(self) -> None:
         """Examine all tensors in the next step."""
-        self._known: defaultdict[int, KnownTensors] = defaultdict(KnownTensors)
+        self._known: defaultdict[int, Known] = defaultdict(Known)
 
     def _init_group(
         self,
@@ -232,7 +246,7 @@ class Adamax(Optimizer):
         if not all(states):
             for param, state in zip(params, states, strict=True):
                 if not state:
-                    state["step"] = _new_step(param, group["capturable"])
+                    state["step"] = _new_step(param, group)
                     state["exp_avg"] = _new_state(param, "exp_avg")
                     state["exp_inf"] = _new_state(param, "exp_inf")
         exp_avgs += map(itemgetter("exp_avg"), states)
@@ -263,7 +277,9 @@ class Adamax(Optimizer):
             RuntimeError: ``fused``, ``capturable`` or ``sparse="exact"`` where a parameter
                 does not allow it, or a gradient for a row that was not up to date.
 
-            No parameter and no state has changed then.
+            No parameter and no state has changed then. On an NVIDIA GPU nothing is read
+            back, so an index out of range is found by the device, which stops with an
+            assertion, and a learning rate that is a tensor there is taken as it is.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -283,11 +299,11 @@ class Adamax(Optimizer):
         return loss
 
     def _eager_step(self) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        scaling = Scaling(
+            getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        if scaling.found_inf is not None and not self._is_on_cuda() and scaling.skips:
             return
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         work: list[Work] = []
         had_state = len(self.state)
         try:
@@ -296,13 +312,22 @@ class Adamax(Optimizer):
                 self._init_group(group, *batch.lists())
                 if batch.params:
                     known = self._known[position]
-                    work += _prepare(batch, group, scale, known, self._tables)
+                    work += _prepare(batch, group, scaling, known, self._tables)
         except BaseException:
             for param in list(self.state)[had_state:]:
                 del self.state[param]
             raise
         for part in work:
             part()
+
+    def _is_on_cuda(self) -> bool:
+        """Whether kernels on the device will look themselves whether to skip the step."""
+        return all(
+            wants_cuda(group)
+            and cuda_serves(group["params"])
+            and group["sparse"] == "lazy"  # else the host takes note of steps
+            for group in self.param_groups
+        )
 
     # What the operator cannot do: let autograd record the step, skip it, sparse gradients.
     _step_outside_graphs = _disable_dynamo(_eager_step)
@@ -474,12 +499,15 @@ class Adamax(Optimizer):
                 _check_state(param, state)
 
         def restore(_: Optimizer) -> None:
+            group_of = {p: group for group in self.param_groups for p in group["params"]}
             for param, given in _pairs_of(self, loaded):
                 state = self.state[param]
                 for name in ("exp_avg", "exp_inf"):
                     # On the device and in the memory order of the parameter.
                     state[name] = _new_state(param, name).copy_(given[name])
-                state["step"] = state["step"].clone()  # else it is the checkpoint's
+                # Else it is the checkpoint's, or where that optimizer counted.
+                device = counts_on(param, group_of[param])
+                state["step"] = state["step"].to(device, copy=True)
             self._tables.forget()
 
         handles = [
@@ -503,13 +531,15 @@ def _check_options(options: Mapping[str, Any]) -> None:
         check_options(options)
 
 
-def _hyperparameters(options: Mapping[str, Any]) -> Hyperparameters:
+def _hyperparameters(options: Mapping[str, Any], reads_lr: bool = True) -> Hyperparameters:
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must have one element, got the shape {tuple(lr.shape)}")
-        # Not to be read while a graph is captured.
-        lr = 0.0 if options["capturable"] and not lr.is_cpu else lr.item()
+        # Not to be read while a graph is captured, or by a step that waits for nothing.
+        captured = options["capturable"] and not lr.is_cpu
+        unread = captured or (not reads_lr and is_on_device(lr))
+        lr = 0.0 if unread and not lr.is_complex() else lr.item()
     elif callable(lr):
         raise TypeError(f"lr must be a real number, got {lr!r}")
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
@@ -538,16 +568,27 @@ def _validated(
     )
 
 
+class Known:
+    """What is known of the tensors of a group from its last step."""
+
+    def __init__(self) -> None:
+        self.on_cpu = KnownTensors()
+        self.on_cuda = KnownOnDevice()
+
+
 def _prepare(
     batch: Batch,
     group: Mapping[str, Any],
-    scale: float,
-    known: KnownTensors,
+    scaling: Scaling,
+    known: Known,
     tables: Tables | None = None,
 ) -> list[Work]:
     """All that can fail in the step of a group; returns what remains to be done."""
+    on_cuda = wants_cuda(group) and cuda_serves(batch.params)
     options = Options(
-        hyperparameters=_hyperparameters(group),
+        hyperparameters=_hyperparameters(
+            group, reads_lr=not on_cuda or group["sparse"] == "exact"
+        ),
         lr=group["lr"],
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
@@ -559,30 +600,35 @@ def _prepare(
         check_options(group)
         batch, sparse = batch.by_layout()
         tables.check_dense(batch.params)
-        work += [_exact_launch(part, options, scale, tables) for part in sparse.singles()]
+        work += [_exact_launch(one, options, scaling, tables) for one in sparse.singles()]
         if not batch.params:
             return work
     elif tables is not None:
         tables.check_lazy(batch.params)
-    return work + _prepare_group(batch, group, options, scale, known)
+    if on_cuda:
+        return work + prepare_cuda(_local(batch), options, scaling, known.on_cuda)
+    return work + _prepare_group(batch, group, options, scaling, known)
 
 
-def _exact_launch(batch: Batch, options: Options, scale: float, tables: Tables) -> Work:
+def _exact_launch(batch: Batch, options: Options, scaling: Scaling, tables: Tables) -> Work:
     (param,), (grad,) = batch.params, batch.grads
     deferred = tables.prepare(batch, options.hyperparameters)
+    flush = functools.partial(tables.flush, param)
+    if isinstance(deferred, DeferredRowsOnDevice):
+        launch = prepare_rows(batch, options, scaling)
+        return ExactRowsOnDevice.prepare(launch, deferred, flush)
     rows = sparse_rows(param, grad)
     groups = grouped(rows)
     tables.check_rows(param, rows, groups, deferred)
-    flush = functools.partial(tables.flush, param)
-    return RowsLaunch(batch, options, scale, rows, groups, deferred, flush)
+    return RowsLaunch(batch, options, scaling.number, rows, groups, deferred, flush)
 
 
 def _prepare_group(
     batch: Batch,
     group: Mapping[str, Any],
     options: Options,
-    scale: float,
-    known: KnownTensors,
+    scaling: Scaling,
+    known: Known,
 ) -> list[Work]:
     batch = _local(batch)
     recorded = options.differentiable and torch.is_grad_enabled()
@@ -591,35 +637,46 @@ def _prepare_group(
             "differentiable=True needs parameters that are computed from others, got a "
             "leaf that requires a gradient"
         )
+    scale = scaling.number
     fused, foreach = group["fused"], group["foreach"]
     if options.differentiable or fused is False or (foreach is False and not fused):
         return prepare_for_loop(batch, options, scale)
     if foreach:
         return prepare_foreach(batch, options, scale)
-    if not options.capturable and (launch := known.launch(batch, options, scale)):
+    if not options.capturable and (launch := known.on_cpu.launch(batch, options, scale)):
         return [launch]
     if dtypes := fused_dtypes(batch.params):
         if options.capturable:
             raise RuntimeError("capturable=True needs parameters on an accelerator")
-        return prepare_fused(batch, options, scale, dtypes, known)
-    fits = [fused_dtypes([param]) is not None for param in batch.params]
-    if fused:
-        unfit = batch.params[fits.index(False)]
+        return prepare_fused(batch, options, scale, dtypes, known.on_cpu)
+    ways = list(map(_way, batch.params))
+    if fused and None in ways:
+        unfit = batch.params[ways.index(None)]
         raise RuntimeError(
-            f"fused=True needs float or complex parameters on the CPU, got "
-            f"{type(unfit).__name__} of {unfit.dtype} on {unfit.device}"
+            f"fused=True needs float or complex parameters on the CPU or, with Triton "
+            f"installed, on an NVIDIA GPU, got {type(unfit).__name__} of {unfit.dtype} on "
+            f"{unfit.device}"
         )
     work: list[Work] = []
     devices = _get_foreach_kernels_supported_devices()
-    for part, serves in zip(batch.split(fits), dict.fromkeys(fits), strict=True):
-        if serves:
+    for part, way in zip(batch.split(ways), dict.fromkeys(ways), strict=True):
+        if way == "cpu":
             part_dtypes = fused_dtypes(part.params) or set()
-            work += prepare_fused(part, options, scale, part_dtypes, known)
+            work += prepare_fused(part, options, scale, part_dtypes, known.on_cpu)
+        elif way == "cuda":
+            work += prepare_cuda(part, options, scaling, known.on_cuda)
         elif all(param.device.type in devices for param in part.params):
             work += prepare_foreach(part, options, scale)
         else:
             work += prepare_for_loop(part, options, scale)
     return work
+
+
+def _way(param: Tensor) -> str | None:
+    """Which compiled kernels serve a parameter."""
+    if cuda_serves([param]):
+        return "cuda"
+    return "cpu" if fused_dtypes([param]) else None
 
 
 def _local(batch: Batch) -> Batch:
@@ -660,10 +717,15 @@ def _new_state(param: Tensor, name: str) -> Tensor:
     return torch.from_numpy(zeros).as_strided(layout.shape, layout.stride())
 
 
-def _new_step(param: Tensor, capturable: bool) -> Tensor:
-    device = param.device if capturable else torch.device("cpu")
+def _new_step(param: Tensor, options: Mapping[str, Any]) -> Tensor:
     dtype = _get_scalar_dtype()  # type: ignore[no-untyped-call]
-    return torch.zeros((), dtype=dtype, device=device)
+    return torch.zeros((), dtype=dtype, device=counts_on(param, options))
+
+
+def counts_on(param: Tensor, options: Mapping[str, Any]) -> torch.device:
+    """Where the steps of a parameter are counted."""
+    on_device = options["capturable"] or (wants_cuda(options) and cuda_serves([param]))
+    return param.device if on_device else torch.device("cpu")
 
 
 def _pairs_of(
@@ -753,7 +815,7 @@ def _step_operator(
         "sparse": "lazy",
     }
     batch = Batch(params, grads, exp_avgs, exp_infs, steps)
-    for work in _prepare(batch, group, 1.0, KnownTensors()):
+    for work in _prepare(batch, group, Scaling(), Known()):
         work()
 
 
