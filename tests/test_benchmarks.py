@@ -41,6 +41,39 @@ def test_cases_are_listed_and_unknown_ones_refused():
     assert "unknown case nothing" in refused.stderr
 
 
+def test_cases_for_a_gpu_say_that_there_is_none(harness, torch, monkeypatch, capsys):
+    main = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(["--part", "cuda"]) == 1
+    shown = capsys.readouterr()
+    assert "cuda: not measured: torch" in shown.err
+    assert "needs an NVIDIA GPU and a CUDA build of torch" in shown.out
+
+    monkeypatch.setattr(main, "PARTS", {"cuda": main.PARTS["cuda"]})
+    assert main.main(["--quick"]) == 0  # nothing was asked for by name
+    assert "cuda: not measured: torch" in capsys.readouterr().out
+
+
+def test_cases_for_a_gpu_agree_with_float64(torch, run_python):
+    """On the CPU, as if it were one: what they measure then means nothing."""
+    program = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from benchmarks import cases_cuda, contestants_cuda, harness
+        contestants_cuda.DEVICE = "cpu"
+        contestants_cuda._check = lambda needed: None
+        contestants_cuda._wait = lambda: None
+        for case in cases_cuda.CASES:
+            if case.name != "cuda-sparse-memory":
+                samples, errors = harness._measure(case.toy())
+                assert len(errors) >= 2, errors
+                assert max(errors.values()) < 1e-3, errors
+                harness.Result(case, samples, errors).verdicts()
+                print(case.name)
+    """
+    assert len(run_python(program, ROOT).split()) == 5
+
+
 def test_a_ratio_is_taken_round_by_round_with_the_fastest_peer(harness):
     samples = {
         "ours": np.array([1.0, 2.0, 3.0]),

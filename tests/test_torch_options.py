@@ -232,7 +232,9 @@ def test_fused_refuses_what_it_cannot_serve(rng, kind):
     w, other = torch.nn.Parameter(torch.ones(3)), unknown_to_the_kernels(kind)
     optimizer = Adamax([w, other], fused=True)
     name = {"meta": "Parameter of torch.float32 on meta", "subclass": "Subclass of"}[kind]
-    with pytest.raises(RuntimeError, match=rf"fused=True needs .* on the CPU, got {name}"):
+    with pytest.raises(
+        RuntimeError, match=rf"fused=True needs .* on the CPU or, .*, got {name}"
+    ):
         take_steps(optimizer, [[torch.ones(3), torch.ones_like(other)]])
     assert not optimizer.state
     assert w.tolist() == [1.0] * 3

@@ -71,7 +71,7 @@ def tensor_of(array: np.ndarray) -> Any:
 
 def numpy_of(tensor: Any) -> np.ndarray:
     """A copy of its numbers; those of a complex tensor as pairs."""
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.dtype == torch.bfloat16:
@@ -199,7 +199,7 @@ def oracle_gradient(gradient: Any, maximize: bool = False) -> Any:
     sign = -1.0 if maximize else 1.0
     if gradient.layout is torch.strided:
         return sign * numpy_of(gradient).astype(np.float64)
-    indices = gradient._indices().numpy()
+    indices = gradient._indices().cpu().numpy()
     if gradient.sparse_dim() == 1:
         rows = indices[0]
     else:
