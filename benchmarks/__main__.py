@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from . import cases_exact, cases_keras, cases_numpy, cases_torch, report
+from . import cases_cuda, cases_exact, cases_keras, cases_numpy, cases_torch, report
+from .gpu import why_not
 from .harness import Case, Result, run
 from .meters import CannotMeasureError
 
@@ -15,6 +16,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "torch": cases_torch.CASES,
     "keras": cases_keras.CASES,
     "exact": cases_exact.CASES,
+    "cuda": cases_cuda.CASES,
 }
 
 _RESULTS = Path(__file__).parent / "results"
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {
         part: [c for c in cases if not options.only or c.name in options.only]
         for part, cases in PARTS.items()
+        if options.part in (None, part)
     }
     if unknown := set(options.only) - {c.name for cases in chosen.values() for c in cases}:
         print(f"unknown case {', '.join(sorted(unknown))}; see --list", file=sys.stderr)
@@ -39,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or (_RESULTS if complete else None)
     failures: list[str] = []
     for part, cases in chosen.items():
+        if part == "cuda" and cases and not options.only and (reason := why_not()):
+            remedy = "python -m benchmarks --part cuda, where there are both"
+            message = f"cuda: not measured: {reason}; needs an NVIDIA GPU and a CUDA build"
+            print(f"{message} of torch: {remedy}")
+            if options.part:
+                failures.append(f"cuda: not measured: {reason}")
+            continue
         results = []
         for case in cases:
             print(f"{case.name}: {case.title} ...", flush=True)
@@ -80,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", metavar="NAME", nargs="+", default=[], help="only these cases"
     )
+    parser.add_argument("--part", choices=PARTS, help="only the cases of this part")
     parser.add_argument("--list", action="store_true", help="list the cases")
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument(

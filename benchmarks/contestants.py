@@ -69,15 +69,18 @@ class NumpyExact(NumpyAdamax):
 class Torch:
     """An optimizer with the protocol of ``torch.optim``, by its full name."""
 
-    def __init__(self, work: TableWork, optimizer: str, **options: Any) -> None:
+    def __init__(
+        self, work: TableWork, optimizer: str, device: str = "cpu", **options: Any
+    ) -> None:
         import torch
 
         torch.set_num_threads(THREADS)
         # Its checks of sparse tensors are off by default too, but then with a warning.
         torch.sparse.check_sparse_tensor_invariants.disable()
-        self._torch = torch
+        self._torch, self._device = torch, device
         self._parameters = [
-            torch.nn.Parameter(torch.from_numpy(array)) for array in work.initial()
+            torch.nn.Parameter(torch.from_numpy(array).to(device))
+            for array in work.initial()
         ]
         module, _, name = optimizer.rpartition(".")
         make = getattr(importlib.import_module(module), name)
@@ -87,7 +90,7 @@ class Torch:
 
     def take(self, draw: list[Gradient]) -> None:
         for parameter, gradient in zip(self._parameters, draw, strict=True):
-            parameter.grad = self._tensor(gradient, parameter.shape)
+            parameter.grad = self._tensor(gradient, parameter.shape).to(self._device)
 
     def _tensor(self, gradient: Gradient, shape: Any) -> Any:
         from_numpy = self._torch.from_numpy
@@ -101,7 +104,7 @@ class Torch:
         self._optimizer.step()
 
     def parameters(self) -> list[Array]:
-        return [parameter.detach().numpy() for parameter in self._parameters]
+        return [parameter.detach().cpu().numpy() for parameter in self._parameters]
 
 
 class TorchExact(Torch):

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import gpu
+
 _PACKAGES = (
     "adamax",
     "numpy",
     "numba",
     "llvmlite",
     "torch",
+    "triton",
     "tensorflow",
     "keras",
     "tf_keras",
@@ -29,6 +32,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "transparent_huge_pages": _transparent_huge_pages(),
+        "gpu": gpu.describe(),
     }
 
 

@@ -80,8 +80,10 @@ def _setting(report: Mapping[str, Any]) -> str:
     about, memory = report["machine"], report["machine"]["memory_bytes"]
     size = f", {memory / 2**30:.0f} GiB" if memory else ""
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+    gpu = about["gpu"]
+    on_gpu = "{name}, driver {driver}, CUDA {cuda}; ".format_map(gpu) if gpu else ""
     return (
-        f"{about['cpu']}, {about['cores']} cores{size}, {about['system']}; "
+        f"{on_gpu}{about['cpu']}, {about['cores']} cores{size}, {about['system']}; "
         f"{report['threads']} threads; {versions}; {report['date'][:10]}."
     )
 
