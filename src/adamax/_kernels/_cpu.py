@@ -288,12 +288,13 @@ def _call(kernel: Any, *arguments: Any) -> Any:
     """Call ``kernel``, compiled before for arguments of these types."""
     signature = (kernel, *map(type, arguments))
     if signature not in _compiled:
-        _compile_uninterrupted(kernel, tuple(map(numba.typeof, arguments)))
+        types_ = tuple(map(numba.typeof, arguments))
+        _uninterrupted(lambda: _compile(kernel, types_))
         _compiled.add(signature)
     return kernel(*arguments)
 
 
-def _compile_uninterrupted(kernel: Any, signature: tuple[types.Type, ...]) -> None:
+def _uninterrupted(compile_: Callable[[], None]) -> None:
     """Compile in another thread, where no KeyboardInterrupt arrives.
 
     One in the midst of code generation leaves machine code that is broken.
@@ -302,7 +303,7 @@ def _compile_uninterrupted(kernel: Any, signature: tuple[types.Type, ...]) -> No
 
     def target() -> None:
         try:
-            _compile(kernel, signature)
+            compile_()
         except BaseException as error:
             errors.append(error)
 
@@ -310,7 +311,7 @@ def _compile_uninterrupted(kernel: Any, signature: tuple[types.Type, ...]) -> No
     try:
         thread.start()
     except RuntimeError:  # there can be no more threads
-        _compile(kernel, signature)
+        compile_()
         return
     try:
         thread.join()

@@ -1,0 +1,511 @@
+"""The verbs for XLA on the CPU: handlers of its foreign-function interface.
+
+XLA calls a handler with the addresses of buffers, from a thread of its own, without Python.
+So handlers are compiled, take no lock of Python and share their work with XLA's threads.
+Since threads may start late, all they need is in memory that the last of them frees.
+
+The interface is that of ``xla/ffi/api/c_api.h``, version 0.3. XLA refuses a handler of
+another version when it is registered.
+
+``dense``: arguments ``w``, ``m``, ``u``, ``g`` and the scalars, results ``w``, ``m``,
+``u``. ``rows``: arguments ``w``, ``m``, ``u``, indices (int32), values and the scalars,
+results ``w``, ``m``, ``u``. Indices outside of the table are skipped.
+
+Results are where the arguments are. The scalars are an array of the dtype of ``m``: the
+step size, what ``w`` is multiplied by, ``1 - beta_1``, ``beta_2`` and epsilon.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import Storage, _cpu
+from ._cpu import (
+    _CLOSED,
+    _ELEMENTS_WORTH_A_THREAD,
+    _HELPERS,
+    _LOOKS,
+    _ROWS_PIECE_ELEMENTS,
+    _add,
+    _dense_step,
+    _inlined,
+    _load,
+    _look,
+    _or,
+    _pointer,
+    _rows_step,
+    _sort_keys,
+    _store,
+)
+
+# --- The interface: what is used of its structures, as offsets in bytes -----------------
+
+_API_MAJOR, _API_MINOR = 0, 3
+
+_FRAME_EXTENSION = 8
+_FRAME_API = 16
+_FRAME_CONTEXT = 24
+_FRAME_ARGUMENTS = 72  # where the pointers to the buffers are
+_FRAME_RESULTS = 112
+
+_BUFFER_DATA = 24
+_BUFFER_RANK = 32
+_BUFFER_DIMENSIONS = 40
+
+_EXTENSION_TYPE = 8
+_EXTENSION_METADATA = 24
+_METADATA = 1  # the type of the extension that asks for it
+_METADATA_MAJOR = 24
+_METADATA_MINOR = 28
+_METADATA_TRAITS = 32
+
+_API_ERROR_CREATE = 48
+_API_ERROR_DESTROY = 64
+_API_THREAD_POOL_SCHEDULE = 136
+_API_THREAD_POOL_NUM_THREADS = 144
+
+_RESOURCE_EXHAUSTED = 8
+_INTERNAL = 13
+
+
+@_inlined
+def _word(address):
+    return _load(_pointer(address, np.int64(0)), 0)
+
+
+@_inlined
+def _put_word(address, word):
+    _store(_pointer(address, np.int64(0)), 0, np.int64(word))
+
+
+@_inlined
+def _half_word(address):
+    return _load(_pointer(address, np.int32(0)), 0)
+
+
+@_inlined
+def _put_half_word(address, word):
+    _store(_pointer(address, np.int32(0)), 0, np.int32(word))
+
+
+def _c_function(name: str, returns: Any, *argument_types: Any) -> Any:
+    """A function of the C library that takes and returns integers."""
+
+    def codegen(context, builder, signature, arguments):
+        kind = ir.FunctionType(
+            context.get_value_type(returns),
+            [context.get_value_type(argument) for argument in argument_types],
+        )
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, arguments)
+
+    if argument_types:
+
+        @intrinsic
+        def call(typing_context, argument):
+            return returns(*argument_types), codegen
+    else:
+
+        @intrinsic
+        def call(typing_context):
+            return returns(), codegen
+
+    return call
+
+
+_malloc = _c_function("malloc", types.int64, types.int64)
+_free = _c_function("free", types.int64, types.int64)
+_yield = _c_function("sched_yield", types.int32)
+
+
+@intrinsic
+def _call(typing_context, function, argument):
+    """Call the C function at an address with a pointer; the pointer that it returns."""
+
+    def codegen(context, builder, signature, arguments):
+        kind = ir.FunctionType(arguments[1].type, [arguments[1].type])
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        return builder.call(function, [arguments[1]])
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _room(typing_context):
+    """The address of some words on the stack, for the arguments of a call."""
+
+    def codegen(context, builder, signature, arguments):
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 8))
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return types.int64(), codegen
+
+
+def _c_string(text: str) -> Any:
+    """A function that returns the address of a string."""
+
+    @intrinsic
+    def address(typing_context):
+        def codegen(context, builder, signature, arguments):
+            string = context.insert_const_string(builder.module, text)
+            return builder.ptrtoint(string, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return address
+
+
+_not_in_place = _c_string("adamax: the results are not where the arguments are")
+_no_memory = _c_string("adamax: out of memory")
+
+
+# --- Answers to XLA ---------------------------------------------------------------------
+
+
+@_inlined
+def _is_question(frame):
+    """Whether this is no call but the question for the version; answers it."""
+    extension = _word(frame + _FRAME_EXTENSION)
+    if extension == 0 or _half_word(extension + _EXTENSION_TYPE) != _METADATA:
+        return False
+    metadata = _word(extension + _EXTENSION_METADATA)
+    _put_half_word(metadata + _METADATA_MAJOR, _API_MAJOR)
+    _put_half_word(metadata + _METADATA_MINOR, _API_MINOR)
+    _put_half_word(metadata + _METADATA_TRAITS, 0)
+    return True
+
+
+@_inlined
+def _ask(frame, function, arguments, size):
+    """Call a function of the interface with its arguments, their first two words unset."""
+    _put_word(arguments, size)
+    _put_word(arguments + 8, 0)  # no extension
+    return _call(_word(_word(frame + _FRAME_API) + function), arguments)
+
+
+@_inlined
+def _error(frame, code, message):
+    arguments = _room()
+    _put_word(arguments + 16, message)
+    _put_word(arguments + 24, code)
+    return _ask(frame, _API_ERROR_CREATE, arguments, 28)
+
+
+@_inlined
+def _succeeded(frame, error):
+    if error == 0:
+        return True
+    arguments = _room()
+    _put_word(arguments + 16, error)
+    _ask(frame, _API_ERROR_DESTROY, arguments, 24)
+    return False
+
+
+@_inlined
+def _num_threads(frame):
+    """The number of threads in XLA's pool, 0 if there is none."""
+    arguments, number = _room(), _room()
+    _put_word(arguments + 16, _word(frame + _FRAME_CONTEXT))
+    _put_word(arguments + 24, number)
+    error = _ask(frame, _API_THREAD_POOL_NUM_THREADS, arguments, 32)
+    return _word(number) if _succeeded(frame, error) else np.int64(0)
+
+
+@_inlined
+def _schedule(frame, task, job):
+    """Have a thread of XLA call ``task(job)`` some time; whether it will."""
+    arguments = _room()
+    _put_word(arguments + 16, _word(frame + _FRAME_CONTEXT))
+    _put_word(arguments + 24, task)
+    _put_word(arguments + 32, job)
+    return _succeeded(frame, _ask(frame, _API_THREAD_POOL_SCHEDULE, arguments, 40))
+
+
+@_inlined
+def _buffer(frame, buffers, number):
+    return _word(_word(frame + buffers) + 8 * number)
+
+
+@_inlined
+def _data(frame, buffers, number):
+    return _word(_buffer(frame, buffers, number) + _BUFFER_DATA)
+
+
+@_inlined
+def _in_place(frame):
+    for number in range(3):
+        if _data(frame, _FRAME_RESULTS, number) != _data(frame, _FRAME_ARGUMENTS, number):
+            return False
+    return True
+
+
+@_inlined
+def _size(buffer, axis):
+    """The number of elements of a buffer, from an axis on."""
+    size = np.int64(1)
+    for i in range(axis, _word(buffer + _BUFFER_RANK)):
+        size *= _word(_word(buffer + _BUFFER_DIMENSIONS) + 8 * i)
+    return size
+
+
+# --- Jobs -------------------------------------------------------------------------------
+#
+# A job is memory that holds all that the threads of a launch need, in words of 8 bytes: a
+# board (see _cpu), how many threads may still look at the job, and what the kernel is
+# given.
+
+_OWNERS = 2 * _HELPERS  # on a cache line of its own, as what is on the board
+_ADDRESSES = _OWNERS + _HELPERS
+_LENGTH = _ADDRESSES + 4  # of the arrays, or of a row
+_FACTORS = _LENGTH + 1
+_COEFFICIENTS = _FACTORS + 4
+_KEYS = _COEFFICIENTS + 4  # where the keys of the rows are
+_COUNT = _KEYS + 1  # of them
+_SHIFT = _COUNT + 1
+_WORDS = _SHIFT + 1
+
+
+@_inlined
+def _get(job, place):
+    return _word(job + 8 * place)
+
+
+@_inlined
+def _put(job, place, word):
+    _put_word(job + 8 * place, word)
+
+
+@_inlined
+def _integers(job, place, shape):
+    return numba.carray(_pointer(job + 8 * place, np.int64(0)), shape)
+
+
+@_inlined
+def _numbers(job, place, shape):
+    return numba.carray(_pointer(job + 8 * place, np.float64(0)), shape)
+
+
+@_inlined
+def _new_job(frame, scalars, values, number, keys):
+    """A job with room for that many keys; 0 if there is no memory."""
+    job = _malloc(8 * (_WORDS + keys))
+    if job == 0:
+        return job
+    for place in range(_ADDRESSES):
+        _put(job, place, 0)
+    for i in range(3):
+        _put(job, _ADDRESSES + i, _data(frame, _FRAME_ARGUMENTS, i))
+    _put(job, _ADDRESSES + 3, _data(frame, _FRAME_ARGUMENTS, values))
+    given = _pointer(_data(frame, _FRAME_ARGUMENTS, scalars), number)
+    factors = _numbers(job, _FACTORS, (4,))
+    factors[0], factors[1] = _load(given, 0), _load(given, 1)
+    factors[2], factors[3] = 1.0, 0.0  # as Factor: no scale, no coupled decay
+    coefficients = _numbers(job, _COEFFICIENTS, (4,))
+    for i in range(3):
+        coefficients[i] = _load(given, 2 + i)
+    coefficients[3] = np.inf  # no clipping
+    return job
+
+
+@_inlined
+def _invite(frame, job, task, elements):
+    """Ask threads of XLA to help with a job, as many as it is worth."""
+    helpers = np.int64(0)
+    if elements >= _ELEMENTS_WORTH_A_THREAD:
+        helpers = min(_num_threads(frame) - 1, elements // _ELEMENTS_WORTH_A_THREAD)
+    _put(job, _OWNERS, 1 + max(helpers, 0))
+    for _ in range(helpers):
+        if not _schedule(frame, task, job):
+            _add(job + 8 * _OWNERS, -1)
+
+
+@_inlined
+def _finish(job):
+    """Let no helper join any more, and wait until all have left."""
+    _or(job + 8 * _HELPERS, _CLOSED)
+    looks = 0
+    while _look(job + 8 * _HELPERS) != _CLOSED:
+        looks += 1
+        if looks > _LOOKS:  # a helper is there that does not run
+            _yield()
+    _disown(job)
+
+
+@_inlined
+def _disown(job):
+    if _add(job + 8 * _OWNERS, -1) == 1:
+        _free(job)
+
+
+@_inlined
+def _take_known(indices, count, rows, shift, keys):
+    """Write the keys of the indices of known rows.
+
+    Returns their number, whether they are ascending, and the largest row.
+    """
+    indices = _pointer(indices, np.int32(0))
+    known, ascending, previous = 0, True, np.int64(0)
+    largest = np.int64(0)
+    for position in range(count):
+        row = np.int64(_load(indices, position))
+        if 0 <= row < rows:
+            keys[known] = (np.uint64(row) << shift) | np.uint64(position)
+            known += 1
+            ascending = ascending and row >= previous
+            previous = row
+            largest = max(largest, row)
+    return known, ascending, largest
+
+
+# --- Handlers, and what helpers do ------------------------------------------------------
+
+
+def _handler_kernel(function: Callable[..., Any]) -> Any:
+    # Numba's disk cache goes by the file a kernel is in, and this one contains kernels of
+    # another file.
+    function.__qualname__ += f"_{Path(_cpu.__file__).stat().st_mtime_ns:x}"
+    return _cpu._kernel()(function)
+
+
+@_inlined
+def _work_on_arrays(job, helping, word, number):
+    _dense_step(
+        word,
+        number,
+        _integers(job, _ADDRESSES, (1, 4)),
+        _integers(job, _LENGTH, (1,)),
+        _numbers(job, _FACTORS, (1, 4)),
+        _numbers(job, _COEFFICIENTS, (4,)),
+        _integers(job, 0, (_HELPERS + 1,)),
+        helping,
+    )
+
+
+@_inlined
+def _work_on_rows(job, helping, word, number):
+    row_length = _get(job, _LENGTH)
+    _rows_step(
+        word,
+        number,
+        numba.carray(_pointer(_get(job, _KEYS), np.uint64(0)), (_get(job, _COUNT),)),
+        np.uint64(_get(job, _SHIFT)),
+        _integers(job, _ADDRESSES, (4,)),
+        row_length,
+        _numbers(job, _FACTORS, (4,)),
+        _numbers(job, _COEFFICIENTS, (4,)),
+        max(1, _ROWS_PIECE_ELEMENTS // max(row_length, 1)),
+        _integers(job, 0, (_HELPERS + 1,)),
+        helping,
+    )
+
+
+@_handler_kernel
+def _dense_task(job, word, number):
+    _work_on_arrays(job, True, word, number)
+    _disown(job)
+
+
+@_handler_kernel
+def _rows_task(job, word, number):
+    _work_on_rows(job, True, word, number)
+    _disown(job)
+
+
+@_handler_kernel
+def _dense_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame):
+        return _error(frame, _INTERNAL, _not_in_place())
+    length = _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 0)
+    job = _new_job(frame, 4, 3, number, 0)
+    if job == 0:
+        return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    _put(job, _LENGTH, length)
+    _invite(frame, job, task, length)
+    _work_on_arrays(job, False, word, number)
+    _finish(job)
+    return 0
+
+
+@_handler_kernel
+def _rows_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame):
+        return _error(frame, _INTERNAL, _not_in_place())
+    table = _buffer(frame, _FRAME_ARGUMENTS, 0)
+    count = _size(_buffer(frame, _FRAME_ARGUMENTS, 3), 0)
+    job = _new_job(frame, 5, 4, number, 2 * count)
+    if job == 0:
+        return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    position_bits = 0
+    while count > 1 << position_bits:
+        position_bits += 1
+    shift = np.uint64(position_bits)
+    rows = _word(_word(table + _BUFFER_DIMENSIONS))
+    both = numba.carray(_pointer(job + 8 * _WORDS, np.uint64(0)), (2, count))
+    indices = _data(frame, _FRAME_ARGUMENTS, 3)
+    known, ascending, largest = _take_known(indices, count, rows, shift, both[0])
+    in_scratch = 0
+    if not ascending and _sort_keys(both[0][:known], both[1][:known], shift, largest):
+        in_scratch = 1
+    row_length = _size(table, 1)
+    _put(job, _KEYS, job + 8 * (_WORDS + in_scratch * count))
+    _put(job, _COUNT, known)
+    _put(job, _SHIFT, position_bits)
+    _put(job, _LENGTH, row_length)
+    _invite(frame, job, task, 2 * known * row_length)
+    _work_on_rows(job, False, word, number)
+    _finish(job)
+    return 0
+
+
+_KERNELS = {"dense": (_dense_task, _dense_handler), "rows": (_rows_task, _rows_handler)}
+
+
+@functools.cache
+def handler(verb: str, storage: Storage) -> Any:
+    """The compiled handler of a verb for parameters of this storage.
+
+    It must be kept as long as XLA may call it.
+
+    Raises:
+        NotImplementedError: on this operating system.
+    """
+    if os.name != "posix":
+        raise NotImplementedError("they need sched_yield, which is of POSIX")
+    made: list[Any] = []
+    _cpu._uninterrupted(lambda: made.append(_compiled(verb, storage)))
+    return made[0]
+
+
+def _compiled(verb: str, storage: Storage) -> Any:
+    word, number = _cpu._types_of(storage)
+    of_task, of_handler = _KERNELS[verb]
+    for kernel, addresses in ((of_task, 1), (of_handler, 2)):
+        signature = (*addresses * [types.int64], *map(numba.typeof, (word, number)))
+        _cpu._compile(kernel, signature)
+
+    def task(job):
+        of_task(job, word, number)
+
+    task_function: Any = numba.cfunc(types.void(types.int64))(task)
+    # An int would become part of a type, and of the name of a file in the cache.
+    task_address = np.int64(task_function.address)
+
+    def handler(frame):
+        return of_handler(frame, task_address, word, number)
+
+    function: Any = numba.cfunc(types.int64(types.int64))(handler)
+    function.task = task_function  # is kept as well
+    return function
