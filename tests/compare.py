@@ -80,7 +80,7 @@ def follow(
         pairs = zip(of_this_step, parameters, strict=True)
         assert optimizer.apply_gradients(pairs) == number + 1
         after = states(optimizer, parameters)
-        sums = [_error_of_sums(g, w) for g, w in zip(for_oracle, parameters, strict=True)]
+        sums = [error_of_sums(g, w) for g, w in zip(for_oracle, parameters, strict=True)]
         norms = _errors_of_norms(rule, for_oracle, sums)
         for i, w in enumerate(parameters):
             assert_step_close(
@@ -161,7 +161,7 @@ def assert_within(
         )
 
 
-def _error_of_sums(gradient: Any, w: np.ndarray) -> np.ndarray:
+def error_of_sums(gradient: Any, w: np.ndarray) -> np.ndarray:
     """The error of summing repeated rows: a rounding of the largest sum for each repeat."""
     sizes, counts = np.zeros(w.shape), np.zeros(w.shape)
     if isinstance(gradient, oracle.Rows):

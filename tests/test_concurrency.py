@@ -1,7 +1,6 @@
 """Threads, forks, interrupts, exits, and caches that cannot be written."""
 
 import linecache
-import multiprocessing
 import os
 import shutil
 import signal
@@ -379,17 +378,23 @@ def test_helpers_end_with_the_thread_they_help():
 # --- Forks --------------------------------------------------------------------------------
 
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+# In interpreters of their own: frameworks that other tests have imported warn of forks, or
+# do not survive them.
+FORKS = (
+    STEPS
+    + """
+import multiprocessing, os, signal, threading, warnings
+from adamax import set_num_threads
+
 # Python 3.12 warns of every fork beside threads; this is about those that are safe.
-fork_beside_threads = pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
-)
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork.*", DeprecationWarning)
 
-
-def _begun_in_a_fork(seed):
-    """The child's process id, and where it writes its digest and number of threads."""
+def begun_in_a_fork(seed):
+    "The child's process id, and where it writes its digest and number of threads."
     reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:  # no test code may go on in the child
+    if child == 0:
         try:
             signal.alarm(120)
             digest = taken(seed)
@@ -399,55 +404,64 @@ def _begun_in_a_fork(seed):
     os.close(writing)
     return child, os.fdopen(reading)
 
-
-def _ended(child, result):
+def ended(child, result):
     with result:
         digest, threads = result.read().split()
     assert os.waitpid(child, 0)[1] == 0
     assert int(threads) > 1  # of its own, as those of the parent are not in the child
     return digest
+"""
+)
 
 
 @fork
-@fork_beside_threads
-def test_a_fork_after_steps_can_step(expected, use_threads):
-    use_threads(3)
-    assert taken(0) == expected[0]  # the threads are there
-    child = _begun_in_a_fork(1)
-    assert taken(1) == expected[1]  # at the same time
-    assert _ended(*child) == expected[1]
-    assert taken(0) == expected[0]
+def test_a_fork_after_steps_can_step(expected, run_python):
+    program = """
+set_num_threads(3)
+print(taken(0))  # the threads are there
+child = begun_in_a_fork(1)
+print(taken(1))  # at the same time
+print(ended(*child))
+print(taken(0))
+"""
+    printed = run_python(FORKS + program).split()
+    assert printed == [expected[0], expected[1], expected[1], expected[0]]
 
 
 @fork
-@fork_beside_threads
-def test_a_fork_in_the_midst_of_a_step_of_another_thread_can_step(expected, use_threads):
-    use_threads(3)
-    stop = threading.Event()
-    digests = set()
+def test_a_fork_in_the_midst_of_a_step_of_another_thread_can_step(expected, run_python):
+    program = """
+set_num_threads(3)
+taken(0)  # all is compiled, so that no lock of the compiler is taken when the fork comes
+stop = threading.Event()
+digests = set()
 
-    def stepping():
-        while not stop.is_set():
-            digests.add(taken(0))
+def stepping():
+    while not stop.is_set():
+        digests.add(taken(0))
 
-    other = threading.Thread(target=stepping)
-    other.start()
-    try:
-        for _ in range(3):
-            assert _ended(*_begun_in_a_fork(1)) == expected[1]
-    finally:
-        stop.set()
-        other.join()
-    assert digests == {expected[0]}
+other = threading.Thread(target=stepping)
+other.start()
+try:
+    print(*[ended(*begun_in_a_fork(1)) for _ in range(3)])
+finally:
+    stop.set()
+    other.join()
+print(*digests)
+"""
+    printed = run_python(FORKS + program).split()
+    assert printed == [*3 * [expected[1]], expected[0]]
 
 
 @fork
-@fork_beside_threads
-def test_a_pool_of_forked_processes_can_step(expected, use_threads):
-    use_threads(2)
-    taken(0)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(taken, range(2)) == expected
+def test_a_pool_of_forked_processes_can_step(expected, run_python):
+    program = """
+set_num_threads(2)
+taken(0)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(*pool.map(taken, range(2)))
+"""
+    assert run_python(FORKS + program).split() == expected
 
 
 # --- The end of the process ---------------------------------------------------------------

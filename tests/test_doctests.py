@@ -11,12 +11,20 @@ import pytest
 import adamax
 from conftest import framework
 
-NEEDS = {"adamax.torch": "torch", "adamax._torch_paths": "torch", "adamax.keras": "keras"}
+NEEDS = {
+    "adamax.torch": "torch",
+    "adamax._torch_paths": "torch",
+    "adamax.keras": "keras",
+    "adamax.jax": "optax",
+    "adamax._jax_rows": "optax",
+    "adamax._jax_step": "optax",
+}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(adamax.__path__, "adamax.")
     if not module.name.startswith("adamax._keras_")  # each for one back end of Keras
 ]
+FRONT_ENDS = ["adamax.numpy", "adamax.torch", "adamax.keras", "adamax.jax"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -27,9 +35,7 @@ def test_examples(name):
     assert failed == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["adamax.numpy", "adamax.torch", "adamax.keras", "adamax._rule"]
-)
+@pytest.mark.parametrize("name", [*FRONT_ENDS, "adamax._rule"])
 def test_there_are_examples(name):
     if name in NEEDS:
         framework(NEEDS[name])
