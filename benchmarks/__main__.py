@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from . import cases_cuda, cases_exact, cases_keras, cases_numpy, cases_torch, report
+from . import (
+    cases_cuda,
+    cases_exact,
+    cases_jax,
+    cases_keras,
+    cases_numpy,
+    cases_torch,
+    report,
+)
 from .gpu import why_not
 from .harness import Case, Result, run
 from .meters import CannotMeasureError
@@ -16,6 +24,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "torch": cases_torch.CASES,
     "keras": cases_keras.CASES,
     "exact": cases_exact.CASES,
+    "jax": cases_jax.CASES,
     "cuda": cases_cuda.CASES,
 }
 

@@ -21,6 +21,8 @@ _PACKAGES = (
     "keras",
     "tf_keras",
     "jax",
+    "jaxlib",
+    "optax",
 )
 
 
