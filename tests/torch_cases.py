@@ -258,6 +258,6 @@ def _hold(before: _Held, after: _Held, given: Any, group: Any, what: str) -> Non
         expected,
         rule.step_size(before.steps),
         rule.epsilon,
-        error + compare._error_of_sums(gradient, before.w),
+        error + compare.error_of_sums(gradient, before.w),
         what,
     )

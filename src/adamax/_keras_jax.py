@@ -24,8 +24,18 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         size = step_size(learning_rate, self.beta_1, self.iterations + 1, m.dtype)
         learning_rate = keras.ops.cast(learning_rate, m.dtype)
         decay = decay_factor(learning_rate, self._weight_decay_of(variable))
-        old = variable.value, m.value, u.value
-        new = stepped(*old, gradient, size, decay, self._coefficients())
+        coefficients = self._coefficients()
+        new = stepped(
+            variable.value,
+            m.value,
+            u.value,
+            gradient,
+            size,
+            decay,
+            coefficients.one_minus_beta_1,
+            coefficients.beta_2,
+            coefficients.epsilon,
+        )
         for target, value in zip((variable, m, u), new, strict=True):
             self.assign(target, value)
 

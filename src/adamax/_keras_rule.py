@@ -5,8 +5,6 @@ from typing import Any
 
 from keras import ops
 
-from ._rule import Coefficients
-
 
 def step_size(learning_rate: Any, beta_1: float, t: Any, dtype: str) -> Any:
     """``learning_rate / (1 - beta_1**t)`` on tensors, computed in ``dtype``."""
@@ -17,13 +15,21 @@ def step_size(learning_rate: Any, beta_1: float, t: Any, dtype: str) -> Any:
 
 
 def stepped(
-    w: Any, m: Any, u: Any, g: Any, size: Any, decay: Any, coefficients: Coefficients
+    w: Any,
+    m: Any,
+    u: Any,
+    g: Any,
+    size: Any,
+    decay: Any,
+    one_minus_beta_1: Any,
+    beta_2: Any,
+    epsilon: Any,
 ) -> tuple[Any, Any, Any]:
     """New values of ``w``, ``m`` and ``u``; all arithmetic is in the dtype of ``m``."""
     wide, g = ops.cast(w, m.dtype), ops.cast(g, m.dtype)
-    m = m + coefficients.one_minus_beta_1 * (g - m)
-    u = _maximum(coefficients.beta_2 * u, ops.abs(g))
-    wide = decay * wide - size * (m / (u + coefficients.epsilon))
+    m = m + one_minus_beta_1 * (g - m)
+    u = _maximum(beta_2 * u, ops.abs(g))
+    wide = decay * wide - size * (m / (u + epsilon))
     return ops.cast(wide, w.dtype), m, u
 
 

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from ._keras_rule import step_size, stepped
-from ._rule import Coefficients, decay_factor
+from ._rule import decay_factor
 
 # From this many elements on, a compiled update pays.
 _LARGE = 2**16
@@ -27,15 +27,12 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     """Updates in place, and sparse gradients wherever Keras expects dense ones."""
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
-        super().apply([_divisible(gradient) for gradient in grads], trainable_variables)
-
-    def _backend_apply_gradients(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any]
-    ) -> None:
-        pairs = list(zip(grads, trainable_variables, strict=True))
-        # Before anything is written.
-        with tf.control_dependencies([c for pair in pairs for c in _checks(*pair)]):
-            super()._backend_apply_gradients(grads, trainable_variables)
+        known = trainable_variables or self._trainable_variables
+        # Lengths that differ are for Keras to refuse.
+        pairs = [pair for pair in zip(grads, known, strict=False) if pair[0] is not None]
+        # Before anything is written, and steps are counted.
+        with tf.control_dependencies([check for pair in pairs for check in _checks(*pair)]):
+            super().apply([_divisible(g) for g in grads], trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a ``tf.Variable`` and its state."""
@@ -43,7 +40,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         learning_rate = tf.cast(learning_rate, tf.float64)
         size = step_size(learning_rate, self.beta_1, self.iterations + 1, "float64")
         decay = decay_factor(learning_rate, self._weight_decay_of(variable))
-        scalars = tf.cast(size, m.dtype), tf.cast(decay, m.dtype)
+        coefficients = self._coefficients()
         large = _xla_serves() and variable.shape.num_elements() >= _LARGE
         step: Any
         given: list[Any]
@@ -53,13 +50,19 @@ class BackendOptimizer(keras.optimizers.Optimizer):
                 indices, values = _in_fixed_number(indices, values, variable.shape[0])
             step, given = _rows_step, [indices, _row_sums(indices, values)]
         else:
-            step, given = _dense_step, [gradient]
+            step, given = _dense_step, [tf.ensure_shape(gradient, variable.shape)]
         variables = [_Handle(v.handle, v.dtype) for v in (variable, m, u)]
-        if large:
-            function = _compiled(step, self._coefficients(), variables, *given, *scalars)
-            function([v.handle for v in variables], *given, *scalars)
-        else:
-            step(self._coefficients(), variables, *given, *scalars)
+        with tf.device(variable.device):  # where its handle can be used
+            given += [tf.cast(size, m.dtype), tf.cast(decay, m.dtype)]
+            given += [
+                tf.constant(coefficients.one_minus_beta_1, m.dtype),
+                tf.constant(coefficients.beta_2, m.dtype),
+                tf.constant(coefficients.epsilon, m.dtype),
+            ]
+            if large:
+                _compiled(step, variables, *given)([v.handle for v in variables], *given)
+            else:
+                step(variables, *given)
 
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
@@ -114,17 +117,22 @@ def _divisible(gradient: Any) -> Any:
 
 
 def _checks(gradient: Any, variable: Any) -> list[Any]:
-    """Operations that fail if an index is out of range; XLA leaves them out."""
+    """Operations that fail if the gradient does not fit the variable.
+
+    XLA leaves out the check of indices.
+    """
+    shape = variable.shape
     if not isinstance(gradient, tf.IndexedSlices):
-        return []
-    indices, rows = gradient.indices, variable.shape[0]
-    message = (
-        f"the indices of the gradient of {variable.name!r} must be in [0, {rows}), got"
-    )
+        return [tf.ensure_shape(gradient, shape)]
+    indices, rows = gradient.indices, shape[0]
+    message = f"the indices of the gradient of {variable.name} must be in [0, {rows}), got"
     limit = tf.constant(rows, indices.dtype)
     in_range = tf.reduce_all((indices >= 0) & (indices < limit))
-    # tf.debugging.Assert would put this into a conditional, which takes longer.
-    return [tf.raw_ops.Assert(condition=in_range, data=[message, indices])]
+    return [
+        tf.ensure_shape(gradient.values, [indices.shape[0], *shape[1:]]),
+        # tf.debugging.Assert would put this into a conditional, which takes longer.
+        tf.raw_ops.Assert(condition=in_range, data=[message, indices]),
+    ]
 
 
 def _on_device_of(variable: Any, state: keras.Variable) -> Any:
@@ -159,29 +167,22 @@ class _Handle(NamedTuple):
         )
 
 
-def _dense_step(
-    coefficients: Coefficients, variables: Sequence[_Handle], g: Any, size: Any, decay: Any
-) -> None:
+def _dense_step(variables: Sequence[_Handle], g: Any, *scalars: Any) -> None:
     w, m, u = (variable.read() for variable in variables)
-    new = stepped(w, m, u, g, size, decay, coefficients)
+    new = stepped(w, m, u, g, *scalars)
     for variable, value in zip(variables, new, strict=True):
         variable.assign(value)
 
 
 def _rows_step(
-    coefficients: Coefficients,
-    variables: Sequence[_Handle],
-    indices: Any,
-    values: Any,
-    size: Any,
-    decay: Any,
+    variables: Sequence[_Handle], indices: Any, values: Any, *scalars: Any
 ) -> None:
     """A step of some rows; those that repeat are written repeatedly, with equal values.
 
     Shapes do not depend on what is in tensors, or XLA would not compile this well.
     """
     w, m, u = (variable.gather(indices) for variable in variables)
-    new = stepped(w, m, u, values, size, decay, coefficients)
+    new = stepped(w, m, u, values, *scalars)
     for variable, rows in zip(variables, new, strict=True):
         variable.scatter(indices, rows)
 
@@ -213,26 +214,27 @@ def _xla_serves() -> bool:
     return not (platform.system() == "Darwin" and platform.machine() == "arm64")
 
 
-# Compiled functions, by the kinds of their arguments.
+# Compiled functions, by the kinds of their arguments; the oldest make room for new ones.
 _COMPILED: dict[Any, Any] = {}
+_MOST_COMPILED = 512
 
 
-def _compiled(
-    step: Any, coefficients: Coefficients, variables: Sequence[_Handle], *arguments: Any
-) -> Any:
+def _compiled(step: Any, variables: Sequence[_Handle], *arguments: Any) -> Any:
     """A function of the handles of ``variables`` and of ``arguments``."""
     dtypes = tuple(variable.dtype for variable in variables)
     devices = tuple(variable.handle.device for variable in variables)
     kinds = tuple((tuple(a.shape.as_list()), a.dtype) for a in arguments)
-    key = (step, coefficients, dtypes, devices, kinds)
+    key = (step, dtypes, devices, kinds)
     if key not in _COMPILED:
 
         def run(handles: Sequence[Any], *arguments: Any) -> None:
             pairs = zip(handles, dtypes, strict=True)
-            step(coefficients, [_Handle(*pair) for pair in pairs], *arguments)
+            step([_Handle(*pair) for pair in pairs], *arguments)
 
         function = tf.function(run, jit_compile=True, autograph=False)
         handles = [variable.handle for variable in variables]
+        if len(_COMPILED) >= _MOST_COMPILED:
+            del _COMPILED[next(iter(_COMPILED))]
         # Called as it is, the function would be traced for each kind of arguments, of
         # which TensorFlow warns.
         _COMPILED[key] = function.get_concrete_function(handles, *arguments)

@@ -101,6 +101,8 @@ def _real_number(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except OverflowError:
         return math.inf
+    except TypeError:  # a tensor of a graph that has no value yet
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

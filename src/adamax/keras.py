@@ -72,7 +72,7 @@ class Adamax(BackendOptimizer):
             None for 1.
         gradient_accumulation_steps: how many gradients are averaged before each update;
             None for 1.
-        name: name of the optimizer.
+        name: name of the optimizer; None for one that is made up.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -99,7 +99,7 @@ class Adamax(BackendOptimizer):
         beta_1: Any = 0.9,
         beta_2: Any = 0.999,
         epsilon: float = 1e-7,
-        name: str = "Adamax",
+        name: str | None = "Adamax",
         *,
         weight_decay: float | None = None,
         clipnorm: float | None = None,
@@ -114,10 +114,10 @@ class Adamax(BackendOptimizer):
     ) -> None:
         if kwargs:
             reject_unknown(kwargs, inspect.signature(Adamax).parameters, "argument")
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {name!r}")
+        if not (name is None or isinstance(name, str)):
+            raise TypeError(f"name must be a string or None, got {name!r}")
         if not callable(learning_rate):
-            learning_rate = checked_number("learning_rate", learning_rate)
+            learning_rate = _constant("learning_rate", learning_rate)
         if use_ema and not 0 <= ema_momentum <= 1:
             raise ValueError(f"ema_momentum must be in [0, 1], got {ema_momentum!r}")
         if loss_scale_factor is not None:
@@ -135,8 +135,8 @@ class Adamax(BackendOptimizer):
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
-        self.beta_1 = checked_number("beta_1", beta_1)
-        self.beta_2 = checked_number("beta_2", beta_2)
+        self.beta_1 = _constant("beta_1", beta_1)
+        self.beta_2 = _constant("beta_2", beta_2)
         self.epsilon = checked_number("epsilon", epsilon)
         self._coefficients()
 
@@ -150,6 +150,32 @@ class Adamax(BackendOptimizer):
         if isinstance(value, numbers.Real | np.ndarray | np.generic):
             value = checked_number("learning_rate", value)
         keras.optimizers.Optimizer.learning_rate.fset(self, value)
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Take a step, see ``keras.optimizers.Optimizer``.
+
+        Args:
+            grads: a gradient or None for each variable.
+            trainable_variables: the variables; those the optimizer was built with if None.
+
+        Raises:
+            ValueError: a gradient of another shape than its variable. Nothing has changed
+                then.
+            IndexError: on the PyTorch back end, an index that is out of range, likewise.
+            tf.errors.InvalidArgumentError: on the TensorFlow back end, an index that is out
+                of range or a shape that turns out to be another one, likewise.
+        """
+        known = [
+            g if g is None or hasattr(g, "shape") else keras.ops.convert_to_tensor(g)
+            for g in grads
+        ]
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        variables = trainable_variables or self._trainable_variables
+        for gradient, variable in zip(known, variables, strict=False):
+            if gradient is not None:
+                _check_shape(gradient, variable)
+        super().apply(known, trainable_variables)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Make the state of ``variables``: ``momentum`` and ``norm`` of each, in turn."""
@@ -194,13 +220,6 @@ class Adamax(BackendOptimizer):
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         """Nothing: it is a part of the update, so that it reaches the same rows."""
-
-    def _backend_apply_gradients(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any]
-    ) -> None:
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
-            _check_shape(gradient, variable)
-        super()._backend_apply_gradients(grads, trainable_variables)
 
     def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
         if self.clipnorm is self.clipvalue is self.global_clipnorm is None:
@@ -256,11 +275,23 @@ class Adamax(BackendOptimizer):
         return new
 
 
+def _constant(hyperparameter: str, value: Any) -> float:
+    """A number that does not change: what a variable holds later would not be seen."""
+    if hasattr(value, "assign"):
+        raise TypeError(
+            f"{hyperparameter} must be a number or a constant tensor, got a variable; "
+            f"assign to optimizer.{hyperparameter} to change it"
+        )
+    return checked_number(hyperparameter, value)
+
+
 def _check_shape(gradient: Any, variable: Any) -> None:
     expected, given, what = tuple(variable.shape), gradient, "gradient"
     if hasattr(gradient, "dense_shape"):  # tf.IndexedSlices
         given, what = gradient.values, "values of the gradient"
         expected = (gradient.indices.shape[0], *expected[1:])
+    if getattr(given.shape, "rank", 0) is None:  # known when the graph runs
+        return
     shape = tuple(given.shape)
     pairs = zip(shape, expected, strict=False)
     # Dimensions that are None are not known yet.

@@ -118,7 +118,7 @@ def test_hyperparameters_may_be_constant_tensors():
         ({"use_ema": True, "ema_momentum": 2}, ValueError, "ema_momentum must be in [0, 1"),
         ({"gradient_accumulation_steps": 1}, ValueError, "must be an integer >= 2"),
         ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "Only one of `clipnorm`"),
-        ({"name": 0.01}, TypeError, "name must be a string, got 0.01"),
+        ({"name": 0.01}, TypeError, "name must be a string or None, got 0.01"),
         ({"beta1": 0.9}, TypeError, "unknown argument 'beta1'; did you mean 'beta_1'"),
         ({"decay": 0.1}, TypeError, "unknown argument 'decay'"),
     ],
@@ -127,6 +127,22 @@ def test_hyperparameters_may_be_constant_tensors():
 def test_wrong_hyperparameters_are_errors(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Adamax(**arguments)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "beta_1", "beta_2"])
+def test_hyperparameters_are_no_variables(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number or a constant tensor"):
+        Adamax(**{name: keras.Variable(0.5)})
+
+
+def test_a_name_may_be_left_to_keras():
+    assert Adamax(name=None).name != Adamax(name=None).name
+
+
+def test_gradients_may_be_lists():
+    w = variable(np.ones(3, np.float32))
+    Adamax(0.5).apply([[1.0, -1.0, 0.0]], [w])
+    np.testing.assert_allclose(numpy(w), [0.5, 1.5, 1.0], rtol=1e-6)
 
 
 def test_a_wrong_learning_rate_is_refused_later_too():

@@ -1,5 +1,6 @@
 """What only TensorFlow has: graphs, XLA, variables that are copied when read, mirrors."""
 
+import functools
 import gc
 
 import numpy as np
@@ -84,6 +85,59 @@ def test_compiled_updates_outlive_the_variables_they_were_made_for(rng):
         assert numpy(optimizer.variables[3])[rows.indices].any()
         del table, optimizer
         gc.collect()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("size", [(40, 7), LARGE_TABLE], ids=["small", "large"])
+@pytest.mark.parametrize("way", ["eager", "graph"])
+def test_variables_may_be_on_another_device(way, size, sparse, rng):
+    for own, other in (("CPU:1", "CPU:0"), ("CPU:0", "CPU:1")):
+        with tf.device(own):
+            first, second = (variable(np.ones(s, np.float32)) for s in (size, (3,)))
+        optimizer = Adamax(0.5)
+        optimizer.build([first, second])
+        rows = draw(rng, size, "every")
+        gradient = as_gradient(rows, first) if sparse else tf.ones(size)
+
+        step = functools.partial(optimizer.apply, [gradient, tf.ones(3)])
+        with tf.device(other):
+            tf.function(step)() if way == "graph" else step()
+        moved = numpy(first) != 1
+        assert (
+            moved == (np.isin(np.arange(len(moved)), rows.indices)[:, None])
+        ).mean() > 0.9
+        np.testing.assert_allclose(numpy(second), 0.5, rtol=1e-6)
+
+
+def test_other_betas_are_not_compiled_anew(rng):
+    table = variable(values(rng, LARGE_TABLE, "float32"))
+    optimizer = Adamax(0.1)
+    counts = []
+    for beta_1 in (0.9, 0.8, 0.7):
+        optimizer.beta_1 = beta_1
+        optimizer.apply([tf.ones(LARGE_TABLE)], [table])
+        counts.append(len(_keras_tensorflow._COMPILED))
+    assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("size", [(40, 7), LARGE_TABLE], ids=["small", "large"])
+def test_shapes_that_are_known_late_are_checked_then(size):
+    table = variable(np.ones(size, np.float32))
+    optimizer = Adamax(0.5)
+    optimizer.build([table])
+
+    @tf.function
+    def step(rows):
+        gradient = tf.numpy_function(
+            lambda n: np.ones((n, size[1]), np.float32), [rows], tf.float32
+        )
+        optimizer.apply([gradient])
+
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(tf.constant(1))
+    assert (numpy(table) == 1).all()
+    step(tf.constant(size[0]))
+    np.testing.assert_allclose(numpy(table), 0.5, rtol=1e-6)
 
 
 def test_many_shapes_make_no_warning_about_tracing(rng, caplog):
