@@ -27,12 +27,15 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     """Updates in place, and sparse gradients wherever Keras expects dense ones."""
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        if trainable_variables and not self.built:
+            self.build(trainable_variables)  # not under the conditions below
+        grads = [_divisible(gradient) for gradient in grads]
         known = trainable_variables or self._trainable_variables
         # Lengths that differ are for Keras to refuse.
         pairs = [pair for pair in zip(grads, known, strict=False) if pair[0] is not None]
         # Before anything is written, and steps are counted.
         with tf.control_dependencies([check for pair in pairs for check in _checks(*pair)]):
-            super().apply([_divisible(g) for g in grads], trainable_variables)
+            super().apply(grads, trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a ``tf.Variable`` and its state."""

@@ -289,7 +289,9 @@ def _check_shape(gradient: Any, variable: Any) -> None:
     expected, given, what = tuple(variable.shape), gradient, "gradient"
     if hasattr(gradient, "dense_shape"):  # tf.IndexedSlices
         given, what = gradient.values, "values of the gradient"
-        expected = (gradient.indices.shape[0], *expected[1:])
+        indices = gradient.indices
+        count = indices.shape[0] if hasattr(indices, "shape") else len(indices)
+        expected = (count, *expected[1:])
     if getattr(given.shape, "rank", 0) is None:  # known when the graph runs
         return
     shape = tuple(given.shape)
