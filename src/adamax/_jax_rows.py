@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+
+if TYPE_CHECKING:
+    import optax
 
 PyTree: TypeAlias = Any
 
@@ -187,8 +189,8 @@ def _not_from_the_end(indices: Any) -> jax.Array:
 
 
 def on_rows(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+    inner: "optax.GradientTransformation",
+) -> "optax.GradientTransformationExtraArgs":
     """Have a transformation of optax see the rows of an :class:`IndexedSlices`.
 
     In place of each gradient of rows, ``inner`` is given the values, after repeats have
@@ -207,6 +209,8 @@ def on_rows(
     >>> (params["table"] + clipped["table"])[7]
     Array([1.], dtype=float32)
     """
+    import optax  # which Keras does without
+
     inner = optax.with_extra_args_support(inner)
 
     def update(

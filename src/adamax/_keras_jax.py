@@ -3,15 +3,20 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import keras
 from jax.experimental.sparse import JAXSparse
 
-from ._keras_rule import step_size, stepped
+from ._jax_step import step_array
+from ._keras_rule import step_size
 from ._rule import decay_factor
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
-    """The update is a part of what XLA compiles, Keras' train step."""
+    """The update is a part of what XLA compiles, Keras' train step.
+
+    On a CPU it is one pass over memory, by the kernels of ``adamax.jax``.
+    """
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         # Embeddings have dense gradients here; sparse ones come from sparse inputs.
@@ -21,20 +26,23 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a variable and its state."""
         m, u = self._state_of(variable)
-        size = step_size(learning_rate, self.beta_1, self.iterations + 1, m.dtype)
-        learning_rate = keras.ops.cast(learning_rate, m.dtype)
-        decay = decay_factor(learning_rate, self._weight_decay_of(variable))
+        dtype = m.value.dtype
+        size = step_size(learning_rate, self.beta_1, self.iterations + 1, str(dtype))
+        learning_rate = keras.ops.cast(learning_rate, str(dtype))
         coefficients = self._coefficients()
-        new = stepped(
-            variable.value,
-            m.value,
-            u.value,
-            gradient,
+        scalars = (
             size,
-            decay,
+            decay_factor(learning_rate, self._weight_decay_of(variable)),
             coefficients.one_minus_beta_1,
             coefficients.beta_2,
             coefficients.epsilon,
+        )
+        new = step_array(
+            variable.value,
+            m.value,
+            u.value,
+            jnp.asarray(gradient, variable.value.dtype),
+            jnp.stack([jnp.asarray(number, dtype) for number in scalars]),
         )
         for target, value in zip((variable, m, u), new, strict=True):
             self.assign(target, value)

@@ -1,4 +1,4 @@
-"""The rule on tensors of Keras' TensorFlow and JAX back ends."""
+"""The rule on tensors of Keras: the step size, and all of it for TensorFlow."""
 
 import math
 from typing import Any
