@@ -114,3 +114,23 @@ def test_defaults_in_the_signature_are_those_of_the_rule():
     hyperparameters = adamax.Adamax().hyperparameters
     for name in ("learning_rate", "beta_1", "beta_2", "epsilon", "weight_decay", "sparse"):
         assert given[name].default == getattr(hyperparameters, name)
+
+
+def test_tests_without_any_framework_are_skipped_and_not_broken(run_python):
+    """What ``make test`` does on a machine that has none of them."""
+    program = """
+        import os, sys
+        import pytest
+        frameworks, *arguments = sys.argv[1:]
+        for name in frameworks.split():
+            sys.modules[name] = None
+        os.chdir(arguments.pop())
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+    """
+    missing = " ".join([*FRAMEWORKS, "triton"])
+    root = Path(__file__).parents[1]
+    without = {"ADAMAX_REQUIRE_FRAMEWORKS": None, "PYTHONWARNINGS": None}
+    run_python(program, missing, "--collect-only", root, **without)
+    assert "skipped" in run_python(
+        program, missing, "tests/test_doctests.py", root, **without
+    )

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adamax.torch import Adamax, clip_grad_norm_
 from exact_cases import FLOAT64, drawn
 from torch_cases import assert_same_contents, assert_same_tensor, contents, rows_of, torch
+
+from adamax.torch import Adamax, clip_grad_norm_  # isort: skip  (not without torch)
 
 ROWS, WIDTH = 40, 3
 nn = torch.nn
@@ -159,6 +160,18 @@ def both(make, steps=60, options=None, **of_exact):
     return results
 
 
+def assert_exact_is_dense(run, make=Model, **tolerance):
+    """``run(model, optimizer)`` ends in the same with exact steps and with dense ones."""
+    results = []
+    for sparse in (True, False):
+        model = make(sparse)
+        optimizer = (exact if sparse else dense)(model)
+        more = run(model, optimizer) or {}
+        optimizer.flush()
+        results.append({**contents(optimizer), **more})
+    assert_close(*results, **tolerance)
+
+
 # --- The trajectory -----------------------------------------------------------------------
 
 
@@ -268,26 +281,20 @@ def test_tables_of_16_bits(dtype):
 
 
 def test_several_passes_for_a_step():
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse)
-        optimizer = (exact if sparse else dense)(model)
+    def run(model, optimizer):
         for step in range(40):
             optimizer.zero_grad()
             for part in range(3):
                 model(batch(3 * step + part)).backward()
             optimizer.step()
-        optimizer.flush()
-        results.append(contents(optimizer))
-    assert_close(*results)
+
+    assert_exact_is_dense(run)
 
 
 def test_passes_whose_gradients_are_not_applied():
     """In eval() and without gradients, thrown away, or left out of a sum."""
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse)
-        optimizer = (exact if sparse else dense)(model)
+
+    def run(model, optimizer):
         losses = []
         for step in range(40):
             model.eval()
@@ -301,16 +308,13 @@ def test_passes_whose_gradients_are_not_applied():
             unused = model(batch(4000 + step))
             (model(batch(step)) + 0 * unused.detach()).backward()
             optimizer.step()
-        optimizer.flush()
-        results.append({**contents(optimizer), "losses": np.array(losses)})
-    assert_close(*results)
+        return {"losses": np.array(losses)}
+
+    assert_exact_is_dense(run)
 
 
 def test_steps_without_a_gradient_are_not_made_up_for():
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse)
-        optimizer = (exact if sparse else dense)(model)
+    def run(model, optimizer):
         for step in range(40):
             optimizer.zero_grad()
             model(batch(step)).backward()
@@ -319,18 +323,16 @@ def test_steps_without_a_gradient_are_not_made_up_for():
             optimizer.step()
         optimizer.flush()
         assert float(optimizer.state[model.table.weight]["step"]) == 26
-        results.append(contents(optimizer))
-    assert_close(*results)
+
+    assert_exact_is_dense(run)
 
 
 @pytest.mark.parametrize("kind", ["LambdaLR", "OneCycleLR", "CosineAnnealingWarmRestarts"])
 def test_schedulers(kind):
     """OneCycleLR changes a beta in every step."""
     schedulers = torch.optim.lr_scheduler
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse)
-        optimizer = (exact if sparse else dense)(model)
+
+    def run(model, optimizer):
         scheduler = {
             "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda t: 0.0 if t % 9 else 1.0),
             "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=101),
@@ -339,31 +341,23 @@ def test_schedulers(kind):
             ),
         }[kind](optimizer)
         train(model, optimizer, 100, after=lambda step, s=scheduler: s.step())
-        optimizer.flush()
-        results.append(contents(optimizer))
-    assert_close(*results)
+
+    assert_exact_is_dense(run)
 
 
 def test_clipped_gradients():
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse)
-        optimizer = (exact if sparse else dense)(model)
+    def run(model, optimizer):
         for step in range(40):
             optimizer.zero_grad()
             model(batch(step)).backward()
             clip_grad_norm_(model.parameters(), 0.01)
             optimizer.step()
-        optimizer.flush()
-        results.append(contents(optimizer))
-    assert_close(*results)
+
+    assert_exact_is_dense(run)
 
 
 def test_steps_that_a_grad_scaler_skips_have_not_been():
-    results = []
-    for sparse in (True, False):
-        model = Model(sparse, torch.float32)
-        optimizer = (exact if sparse else dense)(model)
+    def run(model, optimizer):
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for step in range(40):
             optimizer.zero_grad()
@@ -373,8 +367,8 @@ def test_steps_that_a_grad_scaler_skips_have_not_been():
             scaler.update()
         optimizer.flush()
         assert float(optimizer.state[model.table.weight]["step"]) == 32
-        results.append(contents(optimizer))
-    assert_close(*results, factor=1e8)
+
+    assert_exact_is_dense(run, make=lambda sparse: Model(sparse, torch.float32), factor=1e8)
 
 
 def test_a_closure_reads_rows_too():

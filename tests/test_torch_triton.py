@@ -6,8 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cases import PATTERNS, PRECISION
 from torch_cases import (
@@ -29,6 +27,8 @@ from torch_cases import (
 )
 from torch_on_host import Host, host  # noqa: F401  (a fixture)
 
+from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
+from torch.utils._pytree import tree_leaves  # isort: skip
 import adamax.torch  # isort: skip  (not without torch)
 import adamax._torch_cuda as cuda  # isort: skip
 from adamax.torch import Adamax  # isort: skip
