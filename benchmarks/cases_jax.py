@@ -1,13 +1,12 @@
 """Cases of the JAX front end, ``adamax.jax``: whole steps, and updates that are applied."""
 
-import importlib
 import os
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .contestants import MemoryLimit, TableWork
+from .contestants import MemoryLimit, TableWork, by_name
 from .harness import SECONDS_FOR_MEMORY, THREADS, Case, Contestant, CostsAtMost, Faster
 from .oracle import ADAMAX, BETA_1, BETA_2, EPSILON, LAZY_ADAMAX, LEARNING_RATE, MOVE, Rule
 from .workloads import ROWS, Array, Dense, Gradient, Rows, Sparse
@@ -40,9 +39,7 @@ class Jax:
 
         self._jax = jax
         self._dense = dense
-        module, _, name = optimizer.rpartition(".")
-        make = getattr(importlib.import_module(module), name)
-        transformation = make(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
+        transformation = by_name(optimizer)(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
 
         def update(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
             updates, state = transformation.update(gradients, state, params)

@@ -66,6 +66,12 @@ class NumpyExact(NumpyAdamax):
         return self._arrays
 
 
+def by_name(name: str) -> Any:
+    """What a module has, by its full name; imports the module."""
+    module, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 class Torch:
     """An optimizer with the protocol of ``torch.optim``, by its full name."""
 
@@ -82,9 +88,7 @@ class Torch:
             torch.nn.Parameter(torch.from_numpy(array).to(device))
             for array in work.initial()
         ]
-        module, _, name = optimizer.rpartition(".")
-        make = getattr(importlib.import_module(module), name)
-        self._optimizer = make(
+        self._optimizer = by_name(optimizer)(
             self._parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, **options
         )
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .contestants import TableWork, by_name
 from .harness import THREADS
 from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE
-from .workloads import Array, Dense, Epoch, Gradient, Rows, Sparse
-
-TableWork = Dense | Sparse
+from .workloads import Array, Dense, Epoch, Gradient, Rows
 
 
 class TensorFlow:
@@ -135,9 +134,7 @@ class Fit:
 
 
 def _adamax(optimizer: str) -> Any:
-    module, _, name = optimizer.rpartition(".")
-    make = getattr(importlib.import_module(module), name)
-    return make(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
+    return by_name(optimizer)(LEARNING_RATE, BETA_1, BETA_2, EPSILON)
 
 
 def _variable(optimizer: str) -> Any:

@@ -40,6 +40,7 @@ from word_vectors import (
     python_documentation,
     rate,
     read_text,
+    run_program,
     whole_number,
 )
 
@@ -206,18 +207,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except UnusableInputError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -36,15 +35,14 @@ from word_vectors import (
     Sampler,
     Tables,
     UnusableInputError,
+    add_options,
     build_corpus,
     held_out_loss,
     held_out_pairs,
     print_neighbours,
     python_documentation,
-    rate,
     read_text,
     unigram_loss,
-    whole_number,
 )
 
 Params: TypeAlias = dict[str, jax.Array]
@@ -176,21 +174,7 @@ def run(settings: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Learn word vectors with JAX and Adamax.")
-    options: list[tuple[str, Callable[[str], Any], Any, str]] = [
-        ("--text", Path, None, "a text in UTF-8 (the documentation inside Python)"),
-        ("--epochs", whole_number, 15, "times to go through the text"),
-        ("--dim", whole_number, 200, "length of a vector"),
-        ("--window", whole_number, 3, "how many words away a context word may stand"),
-        ("--negatives", whole_number, 5, "noise words per pair"),
-        ("--batch", whole_number, 2048, "words of the text per step"),
-        ("--learning-rate", rate, 0.03, "at the start; it falls to 0 in a straight line"),
-        ("--weight-decay", rate, 0.2, "decoupled; of the rows that a step uses"),
-        ("--min-count", whole_number, 8, "leave out words that occur less often"),
-        ("--seed", partial(whole_number, least=0), 0, "of all random numbers"),
-    ]
-    for name, kind, default, meaning in options:
-        meaning += "" if default is None else " (%(default)s)"
-        parser.add_argument(name, type=kind, default=default, metavar="X", help=meaning)
+    add_options(parser)
     meaning = "for comparison: optax's Adamax, with gradients of all rows"
     parser.add_argument("--dense", action="store_true", help=meaning)
     return parser.parse_args()

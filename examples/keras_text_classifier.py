@@ -39,7 +39,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from adamax.keras import Adamax
-from word_vectors import OneLineParser, UnusableInputError, rate, whole_number
+from word_vectors import (
+    OneLineParser,
+    UnusableInputError,
+    rate,
+    run_program,
+    whole_number,
+)
 
 WORDS = 60  # of a text; those that follow are left out
 LABELS = 20  # of Python's packages, those with the most docstrings
@@ -243,18 +249,7 @@ Curves      {options.out / PLOT}""")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except UnusableInputError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("Interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(make_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -480,12 +480,30 @@ def rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="Learn word vectors from a text with Adamax.")
+def run_program(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run an example with its options; what it cannot use is said in a line."""
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except UnusableInputError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the text and of the training."""
     number, from_zero = whole_number, functools.partial(whole_number, least=0)
     options: list[tuple[str, Callable[[str], Any], Any, str]] = [
         ("--text", Path, None, "a text in UTF-8 (the documentation inside Python)"),
-        ("--out", Path, Path("out/word_vectors"), "directory for the results"),
         ("--epochs", number, 15, "times to go through the text"),
         ("--dim", number, 200, "length of a vector"),
         ("--window", number, 3, "how many words away a context word may stand"),
@@ -499,6 +517,13 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, default, meaning in options:
         meaning += "" if default is None else " (%(default)s)"
         parser.add_argument(name, type=kind, default=default, metavar="X", help=meaning)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description="Learn word vectors from a text with Adamax.")
+    add_options(parser)
+    out, meaning = Path("out/word_vectors"), "directory for the results (%(default)s)"
+    parser.add_argument("--out", type=Path, default=out, metavar="X", help=meaning)
     meaning = "continue a run that was interrupted, with the same options"
     parser.add_argument("--resume", action="store_true", help=meaning)
     return parser
