@@ -138,6 +138,55 @@ EXPLICIT = (
 """
 )
 
+# Rows that are behind, each brought up to date where it is.
+EXACT = (
+    PREPARE
+    + """
+    optimizer = adamax(0.1, weight_decay=0.1, sparse="exact")
+
+    def take(table, state, ids, values):
+        rows = optimizer.lookup(table, state, ids)
+        g = IndexedSlices(values + rows, ids, current=True)
+        if sys.argv[1] == "step":
+            return optimizer.step(table, state, g)
+        updates, state = optimizer.update(g, state, table)
+        return apply_updates(table, updates), state
+
+    def trained(table, steps):
+        state = optimizer.init(table)
+        stamps = state[2].stamps.sharding
+        step = jax.jit(take, donate_argnums=(0, 1))
+        for ids, values, _ in steps:
+            table, state = step(table, state, ids, values)
+        assert stamps.is_equivalent_to(state[2].stamps.sharding, 1), stamps
+        return step, *jax.jit(optimizer.flush)(table, state)
+
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spec = {"rows": P("x", None), "columns": P(None, "x"), "replicated": P()}[sys.argv[2]]
+    where = NamedSharding(mesh, spec)
+    everywhere = NamedSharding(mesh, P())
+    there = [jax.device_put(step, everywhere) for step in steps]
+    table = jax.device_put(start["table"], where)
+    step, ours, state = trained(table, there)
+    assert ours.sharding.is_equivalent_to(where, 2), ours.sharding
+    assert state[0].mu.sharding.is_equivalent_to(where, 2)
+
+    text = step.lower(ours, state, *there[0][:2]).compile().as_text()
+    kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\\(", text):
+        sizes = re.findall(r"\\[([\\d,]*)\\]", shapes)
+        sizes = [np.prod([int(n) for n in size.split(",") if n]) for size in sizes]
+        # The rows of the ids, and some more in turn.
+        assert max(sizes) <= (IDS + 4) * WIDTH, (kind, shapes)
+        assert kind == "all-reduce", (kind, shapes)
+
+    _, expected, of_expected = trained(jnp.asarray(start["table"]), steps)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(state[0].nu, of_expected[0].nu, rtol=1e-5)
+    print("done")
+"""
+)
+
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 paths = pytest.mark.parametrize("path", ["update", "step"])
 
@@ -156,3 +205,9 @@ def test_shard_map(run_python, path):
 @paths
 def test_explicit_shardings(run_python, path):
     assert run_python(EXPLICIT, path, **EIGHT) == "done"
+
+
+@paths
+@pytest.mark.parametrize("spread", ["rows", "columns", "replicated"])
+def test_exact_tables_spread_over_devices(run_python, path, spread):
+    assert run_python(EXACT, path, spread, **EIGHT) == "done"

@@ -330,7 +330,8 @@ def test_the_signature_is_that_of_optax():
     ours = inspect.signature(make).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
     assert {n: p.default for n, p in theirs.items()} == {n: ours[n].default for n in theirs}
-    assert list(ours)[len(theirs) :] == ["weight_decay", "mask"]
+    assert list(ours)[len(theirs) :] == ["weight_decay", "mask", "sparse"]
+    assert ours["sparse"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,10 @@ def moments(
     return mu / (norm + eps), mu, norm.astype(dtype)
 
 
-def _stepped(
+def stepped(
     param: jax.Array, mu: jax.Array, nu: jax.Array, gradient: jax.Array, scalars: jax.Array
 ) -> Three:
+    """The rule in operations of JAX; see :func:`step_array`."""
     step_size, decay, one_minus_b1, b2, eps = (scalars[i] for i in range(5))
     ratio, mu, nu = moments(gradient, mu, nu, one_minus_b1, b2, eps)
     wide = decay * param.astype(ratio.dtype) - step_size * ratio
@@ -62,7 +63,7 @@ def _stepped_rows(
     rows = sum_repeats(IndexedSlices(values, indices), len(param))
     tables = param, mu, nu
     of_rows = [table_rows(table, rows) for table in tables]
-    new = _stepped(of_rows[0], of_rows[1], of_rows[2], rows.values, scalars)
+    new = stepped(of_rows[0], of_rows[1], of_rows[2], rows.values, scalars)
     param, mu, nu = (
         put_rows(table, rows, values) for table, values in zip(tables, new, strict=True)
     )
@@ -79,7 +80,7 @@ def step_array(
     """
     if _fits(param, mu, nu, gradient):
         return tuple(_array_p.bind(param, mu, nu, gradient, scalars))
-    return _stepped(param, mu, nu, gradient, scalars)
+    return stepped(param, mu, nu, gradient, scalars)
 
 
 def step_rows(
@@ -103,10 +104,20 @@ def _fits(param: jax.Array, mu: jax.Array, nu: jax.Array, gradient: jax.Array) -
 # --- The primitives ---------------------------------------------------------------------
 
 
-def _primitive(verb: str, in_operations: Callable[..., Three]) -> Any:
+def primitive(
+    verb: str,
+    in_operations: Callable[..., tuple[jax.Array, ...]],
+    in_place: int = 3,
+    outputs: Callable[..., list[Any]] | None = None,
+) -> Any:
+    """A primitive that is a verb of ``_kernels/_xla.py``, or operations of JAX.
+
+    Its first ``in_place`` operands are changed and returned; else ``outputs`` tells the
+    results by the operands.
+    """
     primitive = jax.extend.core.Primitive(f"adamax_{verb}")
     primitive.multiple_results = True
-    primitive.def_abstract_eval(lambda *avals: list(avals[:3]))
+    primitive.def_abstract_eval(outputs or (lambda *avals: list(avals[:in_place])))
     primitive.def_impl(jax.jit(primitive.bind))
 
     by_xla = mlir.lower_fun(in_operations, multiple_results=True)
@@ -117,8 +128,8 @@ def _primitive(verb: str, in_operations: Callable[..., Three]) -> Any:
             target = _target(verb, Storage(str(context.avals_in[0].dtype)))
         if target is None:
             return by_xla(context, *operands)
-        in_place = {number: number for number in range(3)}
-        lowering = jax.ffi.ffi_lowering(target, operand_output_aliases=in_place)
+        aliases = {number: number for number in range(in_place)}
+        lowering = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
         return lowering(context, *operands)
 
     mlir.register_lowering(primitive, by_xla)
@@ -135,7 +146,8 @@ def _primitive(verb: str, in_operations: Callable[..., Three]) -> Any:
             # Element by element, so that one more axis is nothing new.
             moved = [jnp.moveaxis(x, i, 0) for x, i in zip(operands, arrays, strict=False)]
             return primitive.bind(*moved, operands[-1]), [0, 0, 0]
-        return jax.vmap(in_operations, in_axes=tuple(axes))(*operands), [0, 0, 0]
+        results = jax.vmap(in_operations, in_axes=tuple(axes))(*operands)
+        return results, [0] * len(results)
 
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batched
@@ -150,8 +162,8 @@ def _is_whole(context: Any) -> bool:
     return isinstance(context, mlir.ShardingContext) and context.num_devices == 1
 
 
-_array_p = _primitive("dense", _stepped)
-_rows_p = _primitive("rows", _stepped_rows)
+_array_p = primitive("dense", stepped)
+_rows_p = primitive("rows", _stepped_rows)
 
 
 @functools.cache

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ._jax_exact import CurrentTable, init_deferred, is_current
+from ._jax_gradients import lookup, value_and_sparse_grad
 from ._jax_rows import (
     IndexedSlices,
     PyTree,
@@ -16,12 +20,10 @@ from ._jax_rows import (
     is_slices,
     known_rows,
     like_given,
-    lookup,
     on_rows,
     put_rows,
     sum_repeats,
     table_rows,
-    value_and_sparse_grad,
 )
 from ._jax_step import moments, state_dtype, step_array, step_rows
 from ._rule import check_learning_rate, checked_number
@@ -40,21 +42,20 @@ __all__ = [
 
 Scalar: TypeAlias = jax.typing.ArrayLike
 ScalarOrSchedule: TypeAlias = Scalar | Callable[[Any], Any]
-Stepping: TypeAlias = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 _NAMES = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
 
 
 class Adamax(optax.GradientTransformationExtraArgs):
-    """What :func:`adamax` returns: a transformation of optax with one more method."""
+    """What :func:`adamax` returns: a transformation of optax with more methods."""
 
-    _step: Stepping
+    _rule: "_Rule"
 
     def __new__(
-        cls, transformation: optax.GradientTransformationExtraArgs, step: Stepping
+        cls, transformation: optax.GradientTransformationExtraArgs, rule: "_Rule"
     ) -> Self:
         self = super().__new__(cls, *transformation)
-        self._step = step
+        self._rule = rule
         return self
 
     def step(
@@ -88,7 +89,91 @@ class Adamax(optax.GradientTransformationExtraArgs):
         >>> params["table"][7].round(3)
         Array([-0.1, -0.1], dtype=float32)
         """
-        return self._step(params, state, gradients)
+        return self._rule.step(params, state, gradients)
+
+    def current(self, params: PyTree, state: PyTree) -> PyTree:
+        """The parameters as a loss should read them.
+
+        Where a table has ``sparse="exact"``, this has a node in its place that
+        :func:`lookup` takes. It reads rows as they are after all steps so far, whatever
+        steps they have been left out of. All other parameters are as they are.
+
+        This is for :func:`value_and_sparse_grad`, whose gradients go to :meth:`step`
+        together with ``params`` themselves, and for evaluation.
+
+        >>> import jax.numpy as jnp
+        >>> optimizer = adamax(learning_rate=0.1, sparse="exact")
+        >>> params = {"table": jnp.zeros((1000, 1))}
+        >>> state = optimizer.init(params)
+        >>> def loss(params, ids):
+        ...     return lookup(params["table"], ids).sum()
+        >>> for id in (7, 3, 3):
+        ...     current = optimizer.current(params, state)
+        ...     value, gradients = value_and_sparse_grad(loss)(current, jnp.array([id]))
+        ...     params, state = optimizer.step(params, state, gradients)
+        >>> optimizer.lookup(params, state, {"table": jnp.array([7])})["table"].round(3)
+        Array([[-0.191]], dtype=float32)
+        """
+        return self._rule.current(params, state)
+
+    def lookup(self, params: PyTree, state: PyTree, ids: PyTree) -> PyTree:
+        """The rows of some parameters, up to date: :func:`lookup` for several tables.
+
+        For gradients that are not taken with :func:`value_and_sparse_grad`: differentiate
+        with respect to these rows, and pass ``IndexedSlices(gradient, ids, current=True)``.
+
+        Args:
+            params: the parameters.
+            state: the state.
+            ids: integers of any shape for some of the parameters: a pytree with the paths
+                of these and no others.
+
+        Returns:
+            A pytree as ``ids``, of rows.
+
+        Raises:
+            ValueError: ``ids`` of something that is not a parameter.
+
+        >>> import jax.numpy as jnp
+        >>> optimizer = adamax(learning_rate=0.1, sparse={"table": "exact", "w": "lazy"})
+        >>> params = {"table": jnp.arange(6.0).reshape(3, 2), "w": jnp.zeros(4)}
+        >>> optimizer.lookup(params, optimizer.init(params), {"table": jnp.array([2])})
+        {'table': Array([[4., 5.]], dtype=float32)}
+        """
+        current = self._rule.current(params, state)
+        by_path = dict(jax.tree.leaves_with_path(current, is_leaf=is_current))
+
+        def rows(path: Any, of_table: Any) -> jax.Array:
+            if path not in by_path:
+                known = ", ".join(jax.tree_util.keystr(path) or "()" for path in by_path)
+                raise ValueError(
+                    f"ids must have paths of parameters, {known}, got ids{_at(path)}"
+                )
+            return lookup(by_path[path], of_table)
+
+        return jax.tree.map_with_path(rows, ids)
+
+    def flush(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        """Bring all rows of all tables up to date: a pass over those that are exact.
+
+        After it, the parameters and ``state[:2]`` are those of the dense rule, for whoever
+        reads a table as a whole, or a checkpoint for another optimizer. To go on from such
+        a state: ``(*state, *optimizer.init(params)[2:])``.
+
+        >>> import jax, jax.numpy as jnp
+        >>> optimizer = adamax(learning_rate=0.1, sparse="exact")
+        >>> params = jnp.zeros((1000, 1))
+        >>> state = optimizer.init(params)
+        >>> for id in (7, 3, 3):
+        ...     gradient = IndexedSlices(jnp.ones((1, 1)), jnp.array([id]), current=True)
+        ...     params, state = optimizer.step(params, state, gradient)
+        >>> params[7].round(3)
+        Array([-0.1], dtype=float32)
+        >>> params, state = jax.jit(optimizer.flush, donate_argnums=(0, 1))(params, state)
+        >>> params[7].round(3)
+        Array([-0.191], dtype=float32)
+        """
+        return self._rule.flush(params, state)
 
 
 def adamax(
@@ -98,6 +183,8 @@ def adamax(
     eps: Scalar = 1e-8,
     weight_decay: Scalar = 0.0,
     mask: Any = None,
+    *,
+    sparse: Any = "lazy",
 ) -> Adamax:
     r"""Adamax (Adam with the infinity norm), in place of :func:`optax.adamax`.
 
@@ -133,11 +220,21 @@ def adamax(
             decays these rows.
         mask: which parameters decay: a pytree of booleans, or a function of the parameters
             that returns one.
+        sparse: what a gradient of rows means. ``"lazy"``: all other rows stay as they are.
+            ``"exact"``: they move as under a gradient of zero, which is computed when they
+            are needed, at the cost of the rows that are; the result is that of dense
+            gradients. Such a table takes gradients of rows only, which must have been read
+            with :meth:`Adamax.current` or :meth:`Adamax.lookup`, and the state has a third
+            part. A pytree of both words, or a function of the parameters that returns one,
+            tells for each parameter.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type; with ``sparse="exact"`` also ``b1``,
+            ``b2`` or ``eps`` that are arrays of JAX.
         ValueError: a number out of its range, NaN included. Arrays of JAX are not looked
-            at, as they may be traced.
+            at, as they may be traced. With ``sparse="exact"`` also betas for which it would
+            take too long, and in ``step`` and ``update`` a gradient that is not of rows, or
+            of rows that may not have been up to date when they were read.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"weights": jnp.zeros(3), "table": jnp.zeros((1000, 2))}
@@ -160,58 +257,208 @@ def adamax(
     """
     if not isinstance(learning_rate, jax.Array):
         check_learning_rate(learning_rate)  # type: ignore[arg-type]
-    weight_decay = _checked("weight_decay", weight_decay)
-    decays = not (isinstance(weight_decay, float) and weight_decay == 0.0)
-    rate = optax.scale_by_learning_rate(learning_rate)
-    b1, b2, eps = _checked_moments(b1, b2, eps)
-
-    def step(params: PyTree, state: PyTree, gradients: PyTree) -> tuple[PyTree, PyTree]:
-        of_moments, of_rate = state
-        count = optax.safe_increment(of_moments.count)
-        one = jnp.ones((), jnp.result_type(float))
-        minus_learning_rate, of_rate = rate.update(one, of_rate)
-
-        def scalars(dtype: Any, decay: bool) -> jax.Array:
-            eta = _scalar(-minus_learning_rate, dtype)
-            numbers = (
-                eta / _bias_correction(b1, count, dtype),
-                1.0 - eta * _scalar(weight_decay, dtype) if decay else 1.0,
-                1.0 - _scalar(b1, dtype),
-                b2,
-                eps,
-            )
-            return jnp.stack([jnp.asarray(number, dtype) for number in numbers])
-
-        each = _Leaves(gradients, of_moments.mu, of_moments.nu, params)
-        decayed = each.flatten(_as_tree(mask, params)) if decays else [False] * len(each)
-        new_params, mu, nu = each.map(
-            lambda leaf, gradient, mu, nu, param: _step_leaf(
-                gradient, mu, nu, param, scalars, decayed[leaf], each.names[leaf]
-            )
-        )
-        return new_params, (optax.ScaleByAdamState(count, mu, nu), of_rate)
-
-    def update_rate(
-        updates: PyTree, state: PyTree, params: PyTree = None
-    ) -> tuple[PyTree, PyTree]:
-        if decays:
-            decay = optax.add_decayed_weights(weight_decay, mask)
-            updates, _ = decay.update(updates, decay.init(params), params)
-        return rate.update(updates, state)
-
-    decay_and_rate = on_rows(optax.GradientTransformation(rate.init, update_rate))
-    chained = optax.with_extra_args_support(
-        optax.chain(scale_by_adamax(b1, b2, eps), decay_and_rate)
+    rule = _Rule(
+        optax.scale_by_learning_rate(learning_rate),
+        *_checked_moments(b1, b2, eps),
+        _checked("weight_decay", weight_decay),
+        mask,
+        sparse,
     )
+    if isinstance(sparse, str):
+        _is_exact(sparse)
+    if not rule.is_lazy:
+        for name, number in (("b1", rule.b1), ("b2", rule.b2), ("eps", rule.eps)):
+            if not isinstance(number, float):
+                raise TypeError(
+                    f"{name} must be a number where sparse is not 'lazy', got an array of "
+                    f"JAX (optax.inject_hyperparams takes it as one of static_args)"
+                )
+    transformation = optax.GradientTransformationExtraArgs(rule.init, rule.update)
+    return Adamax(transformation, rule)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rule:
+    """The functions of an :class:`Adamax`."""
+
+    rate: optax.GradientTransformation
+    b1: Any
+    b2: Any
+    eps: Any
+    weight_decay: Any
+    mask: Any
+    sparse: Any
+
+    @property
+    def decays(self) -> bool:
+        return not (isinstance(self.weight_decay, float) and self.weight_decay == 0.0)
+
+    @property
+    def is_lazy(self) -> bool:
+        return isinstance(self.sparse, str) and self.sparse == "lazy"
+
+    @cached_property
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        """What updates all parameters that are not exact."""
+
+        def update_rate(
+            updates: PyTree, state: PyTree, params: PyTree = None
+        ) -> tuple[PyTree, PyTree]:
+            if self.decays:
+                decay = optax.add_decayed_weights(self.weight_decay, self.mask)
+                updates, _ = decay.update(updates, decay.init(params), params)
+            return self.rate.update(updates, state)
+
+        decay_and_rate = on_rows(optax.GradientTransformation(self.rate.init, update_rate))
+        return optax.with_extra_args_support(
+            optax.chain(scale_by_adamax(self.b1, self.b2, self.eps), decay_and_rate)
+        )
+
+    def init(self, params: PyTree) -> PyTree:
+        state = self.transformation.init(params)
+        if self.is_lazy:
+            return state
+        each = _Leaves(params, _as_tree(self.sparse, params))
+        decays = self.each_decays(each, params)
+
+        def init_leaf(leaf: int, param: Any, sparse: Any) -> tuple[Any]:
+            name = each.names[leaf]
+            if param is None or not _is_exact(sparse, name):
+                return (None,)
+            param = jnp.asarray(param)
+            if param.ndim == 0 or not jnp.issubdtype(param.dtype, jnp.floating):
+                raise TypeError(
+                    f"a parameter with sparse='exact' must have rows of real numbers, got "
+                    f"{param.dtype} of shape {param.shape}{name}"
+                )
+            return (init_deferred(param, self.b1, self.b2, decays[leaf], _NAMES),)
+
+        return (*state, *each.map(init_leaf, results=1))
+
+    def each_decays(self, each: "_Leaves", params: PyTree) -> list[bool]:
+        if not self.decays:
+            return [False] * len(each)
+        return [bool(leaf) for leaf in each.flatten(_as_tree(self.mask, params))]
+
+    def tables(self, each: "_Leaves", params: PyTree, state: PyTree) -> list[Any]:
+        """For each leaf the table, if it is exact, or else None."""
+        of_moments, _, *deferred = state
+        if not deferred:
+            return [None] * len(each)
+        if params is None:
+            raise ValueError("with sparse='exact' the parameters must be given, got None")
+        trees = (params, of_moments.mu, of_moments.nu, deferred[0])
+        return [
+            None if of_leaf is None else self.table(param, mu, nu, of_leaf)
+            for param, mu, nu, of_leaf in zip(*map(each.flatten, trees), strict=True)
+        ]
+
+    def table(self, param: Any, mu: Any, nu: Any, deferred: Any) -> CurrentTable:
+        param = jnp.asarray(param)
+        return CurrentTable(param, mu, nu, deferred, self.b1, self.b2, self.eps)
+
+    def scalars(self, state: PyTree) -> tuple["_Scalars", PyTree]:
+        """Those of a step, and the state of the learning rate after it."""
+        one = jnp.ones((), jnp.result_type(float))
+        minus_learning_rate, of_rate = self.rate.update(one, state[1])
+        count = optax.safe_increment(state[0].count)
+        return _Scalars(self, count, -minus_learning_rate), of_rate
+
+    def step(
+        self, params: PyTree, state: PyTree, gradients: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        of_moments, _, *deferred = state
+        scalars, of_rate = self.scalars(state)
+        each = _Leaves(gradients, of_moments.mu, of_moments.nu, params)
+        decays = self.each_decays(each, params)
+        tables = self.tables(each, params, state)
+
+        def step_leaf(leaf: int, gradient: Any, mu: Any, nu: Any, param: Any) -> Any:
+            name, table = each.names[leaf], tables[leaf]
+            if table is not None:
+                return _step_table(gradient, table, scalars, name)
+            stepped = _step_leaf(gradient, mu, nu, param, scalars, decays[leaf], name)
+            return (*stepped, None)
+
+        params, mu, nu, of_tables = each.map(step_leaf, results=4)
+        state = (optax.ScaleByAdamState(scalars.count, mu, nu), of_rate)
+        return params, (*state, of_tables) if deferred else state
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+        self, gradients: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
-        new, state = chained.update(updates, state, params, **extra_args)
-        # lax.cond wants updates to have the structure of the gradients, to the last flag.
-        return jax.tree.map(like_given, updates, new, is_leaf=is_gradient), state
+        each = _Leaves(gradients)
+        tables = self.tables(each, params, state)
 
-    return Adamax(optax.GradientTransformationExtraArgs(chained.init, update), step)
+        def without_tables(leaf: int, gradient: Any) -> tuple[Any]:
+            return (gradient if tables[leaf] is None else None,)
+
+        others, *_ = each.map(without_tables, results=1)
+        updates, (of_moments, of_rate) = self.transformation.update(
+            others, state[:2], params, **extra_args
+        )
+        # lax.cond wants updates to have the structure of the gradients, to the last flag.
+        updates = jax.tree.map(like_given, others, updates, is_leaf=is_gradient)
+        if len(state) == 2:
+            return updates, (of_moments, of_rate)
+        scalars, _ = self.scalars(state)
+        each = _Leaves(gradients, updates, of_moments.mu, of_moments.nu)
+
+        def update_leaf(leaf: int, gradient: Any, *of_others: Any) -> Any:
+            if tables[leaf] is None:
+                return (*of_others, None)
+            return _update_table(gradient, tables[leaf], scalars, each.names[leaf])
+
+        updates, mu, nu, of_tables = each.map(update_leaf, results=4)
+        of_moments = of_moments._replace(mu=mu, nu=nu)
+        return updates, (of_moments, of_rate, of_tables)
+
+    def current(self, params: PyTree, state: PyTree) -> PyTree:
+        each = _Leaves(params)
+        tables = self.tables(each, params, state)
+
+        def current_leaf(leaf: int, param: Any) -> tuple[Any]:
+            return (param if tables[leaf] is None else tables[leaf],)
+
+        return each.map(current_leaf, results=1)[0]
+
+    def flush(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        of_moments, of_rate, *deferred = state
+        each = _Leaves(params, of_moments.mu, of_moments.nu)
+        tables = self.tables(each, params, state)
+
+        def flush_leaf(leaf: int, param: Any, mu: Any, nu: Any) -> Any:
+            table = tables[leaf]
+            return (param, mu, nu, None) if table is None else table.flushed()
+
+        params, mu, nu, of_tables = each.map(flush_leaf, results=4)
+        state = (of_moments._replace(mu=mu, nu=nu), of_rate)
+        return params, (*state, of_tables) if deferred else state
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    """What a step is given beside arrays."""
+
+    rule: _Rule
+    count: jax.Array
+    learning_rate: jax.Array
+
+    def decay_rate(self, dtype: Any) -> Any:
+        """What part of a parameter a step takes away."""
+        return self.learning_rate.astype(dtype) * _scalar(self.rule.weight_decay, dtype)
+
+    def stacked(self, dtype: Any, decays: bool) -> jax.Array:
+        """As :func:`step_array` takes them."""
+        b1, b2, eps = self.rule.b1, self.rule.b2, self.rule.eps
+        numbers = (
+            self.learning_rate.astype(dtype) / _bias_correction(b1, self.count, dtype),
+            1.0 - self.decay_rate(dtype) if decays else 1.0,
+            1.0 - _scalar(b1, dtype),
+            b2,
+            eps,
+        )
+        return jnp.stack([jnp.asarray(number, dtype) for number in numbers])
 
 
 def scale_by_adamax(
@@ -274,7 +521,8 @@ def scale_by_adamax(
         updates, mu, nu = each.map(
             lambda leaf, gradient, mu, nu, like: _update_leaf(
                 gradient, mu, nu, like, scalars, each.names[leaf]
-            )
+            ),
+            results=3,
         )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
@@ -325,11 +573,14 @@ class _Leaves:
     def flatten(self, tree: PyTree) -> list[Any]:
         return self._structure.flatten_up_to(tree)
 
-    def map(self, function: Callable[..., tuple[Any, Any, Any]]) -> Any:
-        """Three trees, of what ``function(number of the leaf, *leaves)`` returns."""
+    def map(self, function: Callable[..., tuple[Any, ...]], results: int) -> list[PyTree]:
+        """Trees of what ``function(number of the leaf, *leaves)`` returns."""
         rows = zip(range(len(self)), *self._columns, strict=True)
-        results = [function(*row) for row in rows]
-        return (self._structure.unflatten(r[i] for r in results) for i in range(3))
+        of_leaves = [function(*row) for row in rows]
+        return [
+            self._structure.unflatten(of_leaf[i] for of_leaf in of_leaves)
+            for i in range(results)
+        ]
 
 
 def _update_leaf(
@@ -363,7 +614,7 @@ def _step_leaf(
     mu: Any,
     nu: Any,
     param: Any,
-    scalars: Callable[..., Any],
+    scalars: _Scalars,
     decays: bool,
     name: str,
 ) -> tuple[Any, Any, Any]:
@@ -373,12 +624,59 @@ def _step_leaf(
     param = jnp.asarray(param)
     gradient = _checked_gradient(gradient, param, name)
     dtype = state_dtype(mu.dtype)
-    of_this_dtype = scalars(jnp.finfo(dtype).dtype, decays)
+    of_this_dtype = scalars.stacked(jnp.finfo(dtype).dtype, decays)
     mu, nu = mu.astype(dtype), nu.astype(dtype)
     if not is_slices(gradient):
         return step_array(param, mu, nu, gradient, of_this_dtype)
     rows = IndexedSlices(gradient.values, known_rows(gradient.indices, len(param)))
     return step_rows(param, mu, nu, rows, of_this_dtype)
+
+
+def _step_table(
+    gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
+) -> tuple[Any, Any, Any, Any]:
+    """An exact table, its state and what is deferred, after the step."""
+    if gradient is None:
+        return table.table, table.mu, table.nu, table.deferred
+    return table.stepped(
+        _checked_current(gradient, table, name), *_of_table(table, scalars)
+    )
+
+
+def _update_table(
+    gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
+) -> tuple[Any, Any, Any, Any]:
+    """The update of an exact table, its state and what is deferred, after the step."""
+    if gradient is None:
+        return None, table.mu, table.nu, table.deferred
+    return table.updates(
+        _checked_current(gradient, table, name), *_of_table(table, scalars)
+    )
+
+
+def _of_table(table: CurrentTable, scalars: _Scalars) -> tuple[jax.Array, Any]:
+    dtype, decays = state_dtype(table.mu.dtype), table.decays
+    decay_rate = scalars.decay_rate(dtype) if decays else None
+    return scalars.stacked(dtype, decays), decay_rate
+
+
+def _checked_current(gradient: Any, table: CurrentTable, name: str) -> IndexedSlices:
+    """The gradient of an exact table, with int32 indices."""
+    if not is_slices(gradient):
+        raise ValueError(
+            f"the gradient of a parameter with sparse='exact' must be an IndexedSlices, "
+            f"got an array of shape {jnp.shape(gradient)}{name}; sparse may be a pytree "
+            f"that has 'lazy' for parameters with gradients of other kinds"
+        )
+    check_rows(gradient, table, f"the gradient{name}")
+    if not gradient.current:
+        raise ValueError(
+            f"the gradient{name} is of rows that may have been behind when they were "
+            f"read: compute it with value_and_sparse_grad(loss)(optimizer.current(params, "
+            f"state), ...), or from rows of optimizer.lookup(params, state, ids), with "
+            f"IndexedSlices(values, ids, current=True)"
+        )
+    return replace(gradient, indices=known_rows(gradient.indices, len(table)))
 
 
 def _checked_gradient(gradient: Any, param: Any, name: str) -> Any:
@@ -396,12 +694,18 @@ def _checked_gradient(gradient: Any, param: Any, name: str) -> Any:
 
 
 def _as_tree(mask: Any, params: PyTree) -> PyTree:
-    """A mask with a leaf for each parameter."""
+    """A mask, or another tree of that kind, with a leaf for each parameter."""
     if callable(mask):
         mask = mask(params)
     if mask is None:
         mask = True
     return jax.tree.map(lambda leaf, part: jax.tree.map(lambda _: leaf, part), mask, params)
+
+
+def _is_exact(sparse: Any, name: str = "") -> bool:
+    if sparse not in ("lazy", "exact"):
+        raise ValueError(f"sparse must be 'lazy' or 'exact', got {sparse!r}{name}")
+    return bool(sparse == "exact")
 
 
 def _checked(hyperparameter: str, value: Any) -> Any:

@@ -478,6 +478,21 @@ def _dense_step(word, number, addresses, lengths, factors, coefficients, board, 
     _leave(board, helping)
 
 
+@_inlined
+def _prefetch_begin(address, length):
+    """Fetch what begins at an address, as far as it is worth it."""
+    for line in range(0, min(length, _PREFETCH_BYTES), _CACHE_LINE):
+        _prefetch(address + line)
+
+
+@_inlined
+def _prefetch_row(addresses, row, word_bytes, number_bytes):
+    """Fetch a row of w, m and u."""
+    _prefetch_begin(addresses[0] + row * word_bytes, word_bytes)
+    _prefetch_begin(addresses[1] + row * number_bytes, number_bytes)
+    _prefetch_begin(addresses[2] + row * number_bytes, number_bytes)
+
+
 @_kernel()
 def _rows_step(
     word,
@@ -509,12 +524,8 @@ def _rows_step(
         while i < stop:
             if i + _PREFETCH_ROWS < count:
                 row, position = _split(keys[i + _PREFETCH_ROWS], shift)
-                for line in range(0, min(word_bytes, _PREFETCH_BYTES), _CACHE_LINE):
-                    _prefetch(addresses[0] + row * word_bytes + line)
-                    _prefetch(addresses[3] + position * word_bytes + line)
-                for line in range(0, min(number_bytes, _PREFETCH_BYTES), _CACHE_LINE):
-                    _prefetch(addresses[1] + row * number_bytes + line)
-                    _prefetch(addresses[2] + row * number_bytes + line)
+                _prefetch_row(addresses, row, word_bytes, number_bytes)
+                _prefetch_begin(addresses[3] + position * word_bytes, word_bytes)
             row, position = _split(keys[i], shift)
             w = _pointer(addresses[0] + row * word_bytes, word)
             m = _pointer(addresses[1] + row * number_bytes, number)
@@ -572,14 +583,29 @@ def _four_terms(s, x, a, b):
 
 
 @_inlined
-def _pay_out(w, m, u, length, entry, opened, epsilon, scratch, word):
-    """Bring one row at three pointers from an entry of the history to its end."""
+def _missed(opened, entry):
+    """What a row has missed since an entry of the history.
+
+    That is the factors of w, m and u, and what the sums must be multiplied by, where they
+    are, at which place, and how many.
+    """
     sums, terms, _, _, _, steps, window = opened
-    of_w = _as_number(_product(opened, 0, entry), word)
-    of_m = _as_number(_product(opened, 1, entry), word)
-    of_u = _as_number(_product(opened, 2, entry), word)
     later = _product(opened, 0, entry + window) if entry + window < steps else 1.0
-    place = entry * terms
+    factors = (
+        _product(opened, 0, entry),
+        _product(opened, 1, entry),
+        _product(opened, 2, entry),
+    )
+    return factors, later, sums, entry * terms, terms
+
+
+@_inlined
+def _pay_out(w, m, u, length, missed, epsilon, scratch, word):
+    """Bring one row at three pointers up to date."""
+    factors, later, sums, place, terms = missed
+    of_w = _as_number(factors[0], word)
+    of_m = _as_number(factors[1], word)
+    of_u = _as_number(factors[2], word)
     epsilon = _as_number(epsilon, word)
     zero, half, one = _as_number(0.0, word), _as_number(0.5, word), _as_number(1.0, word)
     two, four = _as_number(2.0, word), _as_number(4.0, word)
@@ -643,8 +669,7 @@ def _catch_up_row(row, word, number, addresses, row_length, opened, now, epsilon
         _pointer(addresses[1] + row * row_length * _itemsize(number), number),
         _pointer(addresses[2] + row * row_length * _itemsize(number), number),
         row_length,
-        opened[5] - behind,
-        opened,
+        _missed(opened, opened[5] - behind),
         epsilon,
         scratch,
         word,
@@ -690,11 +715,7 @@ def _catch_up_rows(
                 _prefetch(addresses[3] + 4 * row)
             if i + _PREFETCH_ROWS < count:
                 row, _ = _split(keys[i + _PREFETCH_ROWS], shift)
-                for line in range(0, min(word_bytes, _PREFETCH_BYTES), _CACHE_LINE):
-                    _prefetch(addresses[0] + row * word_bytes + line)
-                for line in range(0, min(number_bytes, _PREFETCH_BYTES), _CACHE_LINE):
-                    _prefetch(addresses[1] + row * number_bytes + line)
-                    _prefetch(addresses[2] + row * number_bytes + line)
+                _prefetch_row(addresses, row, word_bytes, number_bytes)
             row, _ = _split(keys[i], shift)
             mine += _catch_up_row(
                 row, word, number, addresses, row_length, opened, now, epsilon, scratch

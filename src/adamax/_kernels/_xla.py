@@ -9,13 +9,24 @@ another version when it is registered.
 
 ``dense``: arguments ``w``, ``m``, ``u``, ``g`` and the scalars, results ``w``, ``m``,
 ``u``. ``rows``: arguments ``w``, ``m``, ``u``, indices (int32), values and the scalars,
-results ``w``, ``m``, ``u``. Indices outside of the table are skipped.
+results ``w``, ``m``, ``u``. Indices outside of the table are skipped. The scalars are an
+array of the dtype of ``m``: the step size, what ``w`` is multiplied by, ``1 - beta_1``,
+``beta_2`` and epsilon.
 
-Results are where the arguments are. The scalars are an array of the dtype of ``m``: the
-step size, what ``w`` is multiplied by, ``1 - beta_1``, ``beta_2`` and epsilon.
+``exact_step``: arguments ``w``, ``m``, ``u``, stamps, indices, values, scalars and the
+history, results ``w``, ``m``, ``u``, stamps. Rows are brought up to date before the step.
+Indices for which there are no values are of rows that do not step. ``exact_flush``:
+arguments ``w``, ``m``, ``u``, stamps and the history, results ``w``, ``m``, ``u``, stamps.
+``exact_lookup``: arguments ``w``, ``m``, ``u``, stamps, indices and the history, the result
+is the rows, up to date, and zeros for indices outside of the table. The history is what
+``adamax._jax_exact.Deferred`` describes: recent, final and decay; the powers of the betas,
+epsilon and the number of steps so far.
+
+Results are where the arguments are, but for the rows.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,17 +45,34 @@ from ._cpu import (
     _ELEMENTS_WORTH_A_THREAD,
     _HELPERS,
     _LOOKS,
+    _PREFETCH_ROWS,
+    _PREFETCH_STAMPS,
     _ROWS_PIECE_ELEMENTS,
     _add,
+    _as_number,
     _dense_step,
+    _end_of_row,
     _inlined,
+    _itemsize,
+    _join,
+    _leave,
     _load,
     _look,
+    _next_row,
     _or,
+    _pay_out,
     _pointer,
+    _prefetch,
+    _prefetch_begin,
+    _prefetch_row,
     _rows_step,
+    _scalars,
     _sort_keys,
+    _split,
     _store,
+    _sum_row,
+    _take,
+    _update,
 )
 
 # --- The interface: what is used of its structures, as offsets in bytes -----------------
@@ -241,8 +269,8 @@ def _data(frame, buffers, number):
 
 
 @_inlined
-def _in_place(frame):
-    for number in range(3):
+def _in_place(frame, buffers):
+    for number in range(buffers):
         if _data(frame, _FRAME_RESULTS, number) != _data(frame, _FRAME_ARGUMENTS, number):
             return False
     return True
@@ -257,6 +285,12 @@ def _size(buffer, axis):
     return size
 
 
+@_inlined
+def _dimension(frame, argument, axis):
+    buffer = _buffer(frame, _FRAME_ARGUMENTS, argument)
+    return _word(_word(buffer + _BUFFER_DIMENSIONS) + 8 * axis)
+
+
 # --- Jobs -------------------------------------------------------------------------------
 #
 # A job is memory that holds all that the threads of a launch need, in words of 8 bytes: a
@@ -264,14 +298,29 @@ def _size(buffer, axis):
 # given.
 
 _OWNERS = 2 * _HELPERS  # on a cache line of its own, as what is on the board
-_ADDRESSES = _OWNERS + _HELPERS
+_ADDRESSES = _OWNERS + _HELPERS  # of w, m, u, and of the gradient
 _LENGTH = _ADDRESSES + 4  # of the arrays, or of a row
 _FACTORS = _LENGTH + 1
 _COEFFICIENTS = _FACTORS + 4
 _KEYS = _COEFFICIENTS + 4  # where the keys of the rows are
 _COUNT = _KEYS + 1  # of them
 _SHIFT = _COUNT + 1
-_WORDS = _SHIFT + 1
+# Of exact updates: addresses, shapes and numbers.
+_STAMPS = _SHIFT + 1
+_RECENT = _STAMPS + 1
+_FINAL = _RECENT + 1
+_DECAY = _FINAL + 1  # 0 without weight decay
+_POWERS = _DECAY + 1
+_NOW = _POWERS + 1
+_WINDOW = _NOW + 1
+_TERMS = _WINDOW + 1
+_ENTRIES = _TERMS + 1
+_EPSILON = _ENTRIES + 1
+_ROWS = _EPSILON + 1  # of the table
+_VALUES = _ROWS + 1  # how many of the indices have values
+_INDICES = _VALUES + 1
+_RESULT = _INDICES + 1
+_WORDS = _RESULT + 1
 
 
 @_inlined
@@ -295,8 +344,8 @@ def _numbers(job, place, shape):
 
 
 @_inlined
-def _new_job(frame, scalars, values, number, keys):
-    """A job with room for that many keys; 0 if there is no memory."""
+def _new_job(frame, keys):
+    """A job on w, m and u, with room for that many keys; 0 if there is no memory."""
     job = _malloc(8 * (_WORDS + keys))
     if job == 0:
         return job
@@ -304,6 +353,12 @@ def _new_job(frame, scalars, values, number, keys):
         _put(job, place, 0)
     for i in range(3):
         _put(job, _ADDRESSES + i, _data(frame, _FRAME_ARGUMENTS, i))
+    return job
+
+
+@_inlined
+def _put_gradient(job, frame, values, scalars, number):
+    """Tell a job where the gradient and the scalars are among the arguments."""
     _put(job, _ADDRESSES + 3, _data(frame, _FRAME_ARGUMENTS, values))
     given = _pointer(_data(frame, _FRAME_ARGUMENTS, scalars), number)
     factors = _numbers(job, _FACTORS, (4,))
@@ -313,7 +368,49 @@ def _new_job(frame, scalars, values, number, keys):
     for i in range(3):
         coefficients[i] = _load(given, 2 + i)
     coefficients[3] = np.inf  # no clipping
-    return job
+
+
+@_inlined
+def _put_history(job, frame, first, number):
+    """Tell a job of exact updates what the arguments from the ``first`` on say."""
+    _put(job, _STAMPS, _data(frame, _FRAME_ARGUMENTS, 3))
+    for i in range(4):
+        _put(job, _RECENT + i, _data(frame, _FRAME_ARGUMENTS, first + i))
+    if _dimension(frame, first + 2, 0) == 0:
+        _put(job, _DECAY, 0)
+    _put(job, _WINDOW, _dimension(frame, first, 1))
+    _put(job, _TERMS, _dimension(frame, first, 2))
+    _put(job, _ENTRIES, _dimension(frame, first + 1, 0))
+    epsilon = _pointer(_data(frame, _FRAME_ARGUMENTS, first + 4), number)
+    _numbers(job, _EPSILON, (1,))[0] = _load(epsilon, 0)
+    _put(job, _NOW, _half_word(_data(frame, _FRAME_ARGUMENTS, first + 5)))
+    _put(job, _ROWS, _dimension(frame, 0, 0))
+    _put(job, _LENGTH, _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 1))
+
+
+@_inlined
+def _put_keys(job, frame, indices, keys):
+    """Have a job do the rows of some of the ``indices``, in order.
+
+    ``keys``: how many there is room for, twice that of the indices.
+    """
+    count = keys // 2
+    position_bits = 0
+    while count > 1 << position_bits:
+        position_bits += 1
+    shift = np.uint64(position_bits)
+    rows = _dimension(frame, 0, 0)
+    both = numba.carray(_pointer(job + 8 * _WORDS, np.uint64(0)), (2, count))
+    data = _data(frame, _FRAME_ARGUMENTS, indices)
+    known, ascending, largest = _take_known(data, count, rows, shift, both[0])
+    in_scratch = 0
+    if not ascending and _sort_keys(both[0][:known], both[1][:known], shift, largest):
+        in_scratch = 1
+    _put(job, _KEYS, job + 8 * (_WORDS + in_scratch * count))
+    _put(job, _COUNT, known)
+    _put(job, _SHIFT, position_bits)
+    _put(job, _LENGTH, _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 1))
+    return known * _get(job, _LENGTH)
 
 
 @_inlined
@@ -366,6 +463,83 @@ def _take_known(indices, count, rows, shift, keys):
     return known, ascending, largest
 
 
+# --- What rows have missed ---------------------------------------------------------------
+
+
+@_inlined
+def _missed(job, behind, number):
+    """What a row that is behind has missed, as :func:`_pay_out` takes it."""
+    now, window, terms = _get(job, _NOW), _get(job, _WINDOW), _get(job, _TERMS)
+    later = of_w = of_m = of_u = 1.0
+    if behind > window:
+        sums = _pointer(_get(job, _FINAL), number)
+        place = ((now - behind) & (_get(job, _ENTRIES) - 1)) * terms
+    else:
+        sums = _pointer(_get(job, _RECENT), number)
+        place = (behind - 1) * terms
+    if _get(job, _DECAY):
+        of_w = _decayed(job, now - behind, number)
+        if behind > window:
+            later = _decayed(job, now - behind + window, number)
+    powers = _pointer(_get(job, _POWERS), number)
+    for digit in range(3):
+        place_of_power = 256 * digit + ((behind >> 8 * digit) & 255)
+        of_m *= _load(powers, place_of_power)
+        of_u *= _load(powers, 256 * 3 + place_of_power)
+    return (of_w, of_m, of_u), later, sums, place, terms
+
+
+@_inlined
+def _decayed(job, since, number):
+    """The product of the decay factors of all steps after one."""
+    decay, last = _pointer(_get(job, _DECAY), number), _get(job, _ENTRIES) - 1
+    before, after = 3 * (since & last), 3 * (_get(job, _NOW) & last)
+    high = np.float64(_load(decay, after)) - np.float64(_load(decay, before))
+    low = np.float64(_load(decay, after + 1)) - np.float64(_load(decay, before + 1))
+    product = math.exp(high + low)
+    return product if _load(decay, after + 2) == _load(decay, before + 2) else -product
+
+
+@_inlined
+def _behind(job, row):
+    """How many steps; int32 numbers of steps may have overflowed."""
+    stamp = _load(_pointer(_get(job, _STAMPS) + 4 * row, np.int32(0)), 0)
+    return np.int64(np.int32(_get(job, _NOW) - stamp))
+
+
+@_inlined
+def _set_stamp(job, row, step):
+    _store(_pointer(_get(job, _STAMPS) + 4 * row, np.int32(0)), 0, np.int32(step))
+
+
+@_inlined
+def _row(job, array, row, of):
+    """A pointer to a row of w, m or u, whose elements are of the type of ``of``."""
+    address = _get(job, _ADDRESSES + array)
+    return _pointer(address + row * _get(job, _LENGTH) * _itemsize(of), of)
+
+
+@_inlined
+def _catch_up(job, row, scratch, word, number):
+    behind = _behind(job, row)
+    if behind > 0:
+        _pay_out(
+            _row(job, 0, row, word),
+            _row(job, 1, row, number),
+            _row(job, 2, row, number),
+            _get(job, _LENGTH),
+            _missed(job, behind, number),
+            _numbers(job, _EPSILON, (1,))[0],
+            scratch,
+            word,
+        )
+
+
+@_inlined
+def _prefetch_stamp(job, row):
+    _prefetch(_get(job, _STAMPS) + 4 * row)
+
+
 # --- Handlers, and what helpers do ------------------------------------------------------
 
 
@@ -377,6 +551,21 @@ def _handler_kernel(function: Callable[..., Any]) -> Any:
 
 
 @_inlined
+def _board(job):
+    return _integers(job, 0, (_HELPERS + 1,))
+
+
+@_inlined
+def _keys(job):
+    return numba.carray(_pointer(_get(job, _KEYS), np.uint64(0)), (_get(job, _COUNT),))
+
+
+@_inlined
+def _piece(job):
+    return max(1, _ROWS_PIECE_ELEMENTS // max(_get(job, _LENGTH), 1))
+
+
+@_inlined
 def _work_on_arrays(job, helping, word, number):
     _dense_step(
         word,
@@ -385,27 +574,140 @@ def _work_on_arrays(job, helping, word, number):
         _integers(job, _LENGTH, (1,)),
         _numbers(job, _FACTORS, (1, 4)),
         _numbers(job, _COEFFICIENTS, (4,)),
-        _integers(job, 0, (_HELPERS + 1,)),
+        _board(job),
         helping,
     )
 
 
 @_inlined
 def _work_on_rows(job, helping, word, number):
-    row_length = _get(job, _LENGTH)
     _rows_step(
         word,
         number,
-        numba.carray(_pointer(_get(job, _KEYS), np.uint64(0)), (_get(job, _COUNT),)),
+        _keys(job),
         np.uint64(_get(job, _SHIFT)),
         _integers(job, _ADDRESSES, (4,)),
-        row_length,
+        _get(job, _LENGTH),
         _numbers(job, _FACTORS, (4,)),
         _numbers(job, _COEFFICIENTS, (4,)),
-        max(1, _ROWS_PIECE_ELEMENTS // max(row_length, 1)),
-        _integers(job, 0, (_HELPERS + 1,)),
+        _piece(job),
+        _board(job),
         helping,
     )
+
+
+@_inlined
+def _work_on_exact_rows(job, helping, word, number):
+    keys, shift = _keys(job), np.uint64(_get(job, _SHIFT))
+    count, length, board = keys.shape[0], _get(job, _LENGTH), _board(job)
+    addresses = _integers(job, _ADDRESSES, (4,))
+    word_bytes, number_bytes = length * _itemsize(word), length * _itemsize(number)
+    factors, coefficients = (
+        _numbers(job, _FACTORS, (4,)),
+        _numbers(job, _COEFFICIENTS, (4,)),
+    )
+    scalars = _scalars(factors, coefficients, word)
+    given, now, piece = _get(job, _VALUES), _get(job, _NOW), _piece(job)
+    scratch = np.empty((3, length))  # room for either type of number
+    total = _pointer(scratch[2].ctypes.data, number)
+    if not _join(board, helping):
+        return
+    while True:
+        start = _take(board, piece)
+        if start >= count:
+            break
+        stop = min(start + piece, count)
+        i = _next_row(keys, shift, start, stop)
+        while i < stop:
+            if i + _PREFETCH_STAMPS < count:
+                _prefetch_stamp(job, _split(keys[i + _PREFETCH_STAMPS], shift)[0])
+            if i + _PREFETCH_ROWS < count:
+                row, position = _split(keys[i + _PREFETCH_ROWS], shift)
+                _prefetch_row(addresses, row, word_bytes, number_bytes)
+                if position < given:
+                    _prefetch_begin(addresses[3] + position * word_bytes, word_bytes)
+            row, position = _split(keys[i], shift)
+            end = _end_of_row(keys, shift, i)
+            _catch_up(job, row, scratch, word, number)
+            # A row comes without values once at most, and then last.
+            _, last = _split(keys[end - 1], shift)
+            end_of_values = end if last < given else end - 1
+            if end_of_values > i:
+                g = _pointer(addresses[3] + position * word_bytes, word)
+                w = _row(job, 0, row, word)
+                m, u = _row(job, 1, row, number), _row(job, 2, row, number)
+                if end_of_values == i + 1:
+                    _update(w, m, u, g, length, scalars)
+                else:
+                    values = addresses[3]
+                    _sum_row(total, keys, shift, i, end_of_values, values, length, word)
+                    _update(w, m, u, total, length, scalars)
+                _set_stamp(job, row, now + 1)
+            else:
+                _set_stamp(job, row, now)
+            i = end
+    _leave(board, helping)
+
+
+@_inlined
+def _work_on_table(job, helping, word, number):
+    rows, board, piece = _get(job, _ROWS), _board(job), 8 * _piece(job)
+    scratch = np.empty((2, _get(job, _LENGTH)))  # room for either type of number
+    if not _join(board, helping):
+        return
+    while True:
+        start = _take(board, piece)
+        if start >= rows:
+            break
+        for row in range(start, min(start + piece, rows)):
+            _catch_up(job, row, scratch, word, number)
+            _set_stamp(job, row, _get(job, _NOW))
+    _leave(board, helping)
+
+
+@_inlined
+def _work_on_lookup(job, helping, word, number):
+    indices = _pointer(_get(job, _INDICES), np.int32(0))
+    count, rows, length = _get(job, _COUNT), _get(job, _ROWS), _get(job, _LENGTH)
+    addresses, board, piece = _integers(job, _ADDRESSES, (4,)), _board(job), _piece(job)
+    word_bytes, number_bytes = length * _itemsize(word), length * _itemsize(number)
+    scratch = np.empty((4, length))  # room for either type of number
+    m = _pointer(scratch[2].ctypes.data, number)
+    u = _pointer(scratch[3].ctypes.data, number)
+    if not _join(board, helping):
+        return
+    while True:
+        start = _take(board, piece)
+        if start >= count:
+            break
+        for i in range(start, min(start + piece, count)):
+            if i + _PREFETCH_STAMPS < count:
+                row = np.int64(_load(indices, i + _PREFETCH_STAMPS))
+                if 0 <= row < rows:
+                    _prefetch_stamp(job, row)
+            if i + _PREFETCH_ROWS < count:
+                row = np.int64(_load(indices, i + _PREFETCH_ROWS))
+                if 0 <= row < rows:
+                    _prefetch_row(addresses, row, word_bytes, number_bytes)
+            row = np.int64(_load(indices, i))
+            result = _pointer(_get(job, _RESULT) + i * word_bytes, word)
+            if not 0 <= row < rows:
+                for k in range(length):
+                    _store(result, k, _as_number(0.0, word))
+                continue
+            w = _row(job, 0, row, word)
+            for k in range(length):
+                _store(result, k, _load(w, k))
+            behind = _behind(job, row)
+            if behind > 0:
+                of_table = _row(job, 1, row, number), _row(job, 2, row, number)
+                for k in range(length):
+                    _store(m, k, _load(of_table[0], k))
+                    _store(u, k, _load(of_table[1], k))
+                missed = _missed(job, behind, number)
+                epsilon = _numbers(job, _EPSILON, (1,))[0]
+                _pay_out(result, m, u, length, missed, epsilon, scratch, word)
+    _leave(board, helping)
 
 
 @_handler_kernel
@@ -421,15 +723,34 @@ def _rows_task(job, word, number):
 
 
 @_handler_kernel
+def _exact_step_task(job, word, number):
+    _work_on_exact_rows(job, True, word, number)
+    _disown(job)
+
+
+@_handler_kernel
+def _exact_flush_task(job, word, number):
+    _work_on_table(job, True, word, number)
+    _disown(job)
+
+
+@_handler_kernel
+def _exact_lookup_task(job, word, number):
+    _work_on_lookup(job, True, word, number)
+    _disown(job)
+
+
+@_handler_kernel
 def _dense_handler(frame, task, word, number):
     if _is_question(frame):
         return 0
-    if not _in_place(frame):
+    if not _in_place(frame, 3):
         return _error(frame, _INTERNAL, _not_in_place())
     length = _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 0)
-    job = _new_job(frame, 4, 3, number, 0)
+    job = _new_job(frame, 0)
     if job == 0:
         return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    _put_gradient(job, frame, 3, 4, number)
     _put(job, _LENGTH, length)
     _invite(frame, job, task, length)
     _work_on_arrays(job, False, word, number)
@@ -441,36 +762,80 @@ def _dense_handler(frame, task, word, number):
 def _rows_handler(frame, task, word, number):
     if _is_question(frame):
         return 0
-    if not _in_place(frame):
+    if not _in_place(frame, 3):
         return _error(frame, _INTERNAL, _not_in_place())
-    table = _buffer(frame, _FRAME_ARGUMENTS, 0)
-    count = _size(_buffer(frame, _FRAME_ARGUMENTS, 3), 0)
-    job = _new_job(frame, 5, 4, number, 2 * count)
+    keys = 2 * _dimension(frame, 3, 0)
+    job = _new_job(frame, keys)
     if job == 0:
         return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
-    position_bits = 0
-    while count > 1 << position_bits:
-        position_bits += 1
-    shift = np.uint64(position_bits)
-    rows = _word(_word(table + _BUFFER_DIMENSIONS))
-    both = numba.carray(_pointer(job + 8 * _WORDS, np.uint64(0)), (2, count))
-    indices = _data(frame, _FRAME_ARGUMENTS, 3)
-    known, ascending, largest = _take_known(indices, count, rows, shift, both[0])
-    in_scratch = 0
-    if not ascending and _sort_keys(both[0][:known], both[1][:known], shift, largest):
-        in_scratch = 1
-    row_length = _size(table, 1)
-    _put(job, _KEYS, job + 8 * (_WORDS + in_scratch * count))
-    _put(job, _COUNT, known)
-    _put(job, _SHIFT, position_bits)
-    _put(job, _LENGTH, row_length)
-    _invite(frame, job, task, 2 * known * row_length)
+    _put_gradient(job, frame, 4, 5, number)
+    elements = _put_keys(job, frame, 3, keys)
+    _invite(frame, job, task, 2 * elements)
     _work_on_rows(job, False, word, number)
     _finish(job)
     return 0
 
 
-_KERNELS = {"dense": (_dense_task, _dense_handler), "rows": (_rows_task, _rows_handler)}
+@_handler_kernel
+def _exact_step_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame, 4):
+        return _error(frame, _INTERNAL, _not_in_place())
+    keys = 2 * _dimension(frame, 4, 0)
+    job = _new_job(frame, keys)
+    if job == 0:
+        return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    _put_gradient(job, frame, 5, 6, number)
+    _put_history(job, frame, 7, number)
+    _put(job, _VALUES, _dimension(frame, 5, 0))
+    elements = _put_keys(job, frame, 4, keys)
+    _invite(frame, job, task, 3 * elements)
+    _work_on_exact_rows(job, False, word, number)
+    _finish(job)
+    return 0
+
+
+@_handler_kernel
+def _exact_flush_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame, 4):
+        return _error(frame, _INTERNAL, _not_in_place())
+    job = _new_job(frame, 0)
+    if job == 0:
+        return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    _put_history(job, frame, 4, number)
+    _invite(frame, job, task, _get(job, _ROWS) * _get(job, _LENGTH))
+    _work_on_table(job, False, word, number)
+    _finish(job)
+    return 0
+
+
+@_handler_kernel
+def _exact_lookup_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    job = _new_job(frame, 0)
+    if job == 0:
+        return _error(frame, _RESOURCE_EXHAUSTED, _no_memory())
+    _put_history(job, frame, 5, number)
+    _put(job, _INDICES, _data(frame, _FRAME_ARGUMENTS, 4))
+    _put(job, _COUNT, _dimension(frame, 4, 0))
+    _put(job, _RESULT, _data(frame, _FRAME_RESULTS, 0))
+    _invite(frame, job, task, 3 * _get(job, _COUNT) * _get(job, _LENGTH))
+    _work_on_lookup(job, False, word, number)
+    _finish(job)
+    return 0
+
+
+_KERNELS = {
+    "dense": (_dense_task, _dense_handler),
+    "rows": (_rows_task, _rows_handler),
+    "exact_step": (_exact_step_task, _exact_step_handler),
+    "exact_flush": (_exact_flush_task, _exact_flush_handler),
+    "exact_lookup": (_exact_lookup_task, _exact_lookup_handler),
+}
 
 
 @functools.cache
