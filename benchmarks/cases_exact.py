@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import contestants
+from . import contestants, contestants_jax
 from .harness import SECONDS_FOR_MEMORY, Case, Contestant, CostsAtMost
 from .oracle import ADAMAX, LAZY_ADAMAX
 from .workloads import ROWS, Sparse
@@ -16,6 +16,10 @@ MAKERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "torch": (
         partial(contestants.Torch, optimizer="adamax.torch.Adamax"),
         contestants.TorchExact,
+    ),
+    "jax": (
+        partial(contestants_jax.Jax, optimizer="adamax.jax.adamax", method="step"),
+        contestants_jax.JaxExact,
     ),
 }
 

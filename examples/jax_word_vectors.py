@@ -112,7 +112,7 @@ def loss(params: Params, batch: Batch, prior: jax.Array) -> jax.Array:
 def make_step(
     settings: argparse.Namespace, steps: int, prior: jax.Array
 ) -> tuple[Any, Step]:
-    """The optimizer, and a step of the training."""
+    """The optimizer, and a step of the training, which takes and returns its state."""
     schedule = optax.linear_schedule(settings.learning_rate, 0.0, steps)
     if settings.dense:
         theirs = optax.adamaxw(schedule, weight_decay=settings.weight_decay)
@@ -125,11 +125,13 @@ def make_step(
 
         return theirs, dense_step
 
-    ours = adamax(schedule, weight_decay=settings.weight_decay)
+    sparse = "exact" if settings.exact else "lazy"
+    ours = adamax(schedule, weight_decay=settings.weight_decay, sparse=sparse)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, batch: Batch) -> Any:
-        value, gradients = value_and_sparse_grad(loss)(params, batch, prior)
+        current = ours.current(params, state)  # lazy tables always are
+        value, gradients = value_and_sparse_grad(loss)(current, batch, prior)
         params, state = ours.step(params, state, gradients)
         return params, state, value
 
@@ -152,6 +154,8 @@ def train(corpus: Corpus, sampler: Sampler, settings: argparse.Namespace) -> Tab
     jax.block_until_ready(params)
     milliseconds = 1e3 * (time.perf_counter() - began) / max(1, steps - 21)
     print(f"Time        {milliseconds:.2f} ms per step, batches included")
+    if settings.exact:
+        params, state = jax.jit(optimizer.flush, donate_argnums=(0, 1))(params, state)
     return Tables(np.asarray(params["centre"]), np.asarray(params["context"]))
 
 
@@ -161,7 +165,8 @@ def run(settings: argparse.Namespace) -> None:
     sampler = Sampler(corpus.counts, settings.window, settings.negatives)
     held_out = held_out_pairs(corpus.held_out, sampler, rng(settings, HELD_OUT_PAIRS, 0))
     print(f"Vocabulary  {len(corpus.vocabulary):,} words")
-    print(f"Optimizer   {'optax.adamaxw' if settings.dense else 'adamax.jax.adamax'}")
+    ours = "adamax.jax.adamax, exact" if settings.exact else "adamax.jax.adamax"
+    print(f"Optimizer   {'optax.adamaxw' if settings.dense else ours}")
     tables = train(corpus, sampler, settings)
     after, baseline = held_out_loss(tables, held_out, sampler), unigram_loss(held_out)
     print(f"Loss        {after:.3f} per held-out pair")
@@ -175,8 +180,11 @@ def run(settings: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Learn word vectors with JAX and Adamax.")
     add_options(parser)
+    way = parser.add_mutually_exclusive_group()
+    meaning = "the result of gradients of all rows, from those of some"
+    way.add_argument("--exact", action="store_true", help=meaning)
     meaning = "for comparison: optax's Adamax, with gradients of all rows"
-    parser.add_argument("--dense", action="store_true", help=meaning)
+    way.add_argument("--dense", action="store_true", help=meaning)
     return parser.parse_args()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import framework
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,6 +34,17 @@ def test_toy_sizes_run_and_agree_with_float64(torch):
         assert f"{case}: " in done.stdout
     assert done.stdout.count("| adamax ") == len(cases)
     assert done.stdout.count("| exact: lookup and step ") == len(exact)
+
+
+def test_toy_sizes_of_jax_run_and_agree_with_float64():
+    for needed in ("jax", "optax"):
+        framework(needed)
+    cases = ["jax-dense", "jax-sparse-1e6", "exact-jax-zipf-1e6"]
+    done = run("--quick", "--only", *cases)
+    assert done.returncode == 0, done.stderr
+    for name in ("adamax.jax (step)", "adamax.jax (update)", "optax.adamax"):
+        assert done.stdout.count(f"| {name} ") == 2
+    assert "| exact: lookup and step " in done.stdout
 
 
 def test_cases_are_listed_and_unknown_ones_refused():

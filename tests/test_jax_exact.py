@@ -306,6 +306,17 @@ def test_a_gradient_of_no_rows_is_a_step(way):
     np.testing.assert_allclose(w, expected.w, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0), (5, 0, 2)])
+def test_tables_of_no_elements(way, shape):
+    optimizer, w = exact(), jnp.zeros(shape)
+    state, step = optimizer.init(w), take_step(optimizer, way)
+    for _ in range(2):
+        w, state = step(w, state, of([1, -1], np.ones((2, *shape[1:]), np.float32)))
+    w, state = flushed(optimizer, w, state)
+    assert w.shape == shape
+    assert rows_of(optimizer, w, state, [1]).shape == (1, *shape[1:])
+
+
 def test_indices_of_no_row_are_dropped(way):
     optimizer, w = exact(), table(5, 2)
     start = w, optimizer.init(w)
@@ -596,16 +607,18 @@ def test_a_function_may_choose_the_tables():
     assert state[2]["none"] is None
 
 
-def test_a_mask_leaves_rows_without_decay():
+@paths
+def test_a_mask_leaves_rows_without_decay(path):
     params = {"a": table(9, 2), "b": table(9, 2)}
     optimizer = exact(0.1, weight_decay=0.5, mask={"a": True, "b": False})
-    state, step = optimizer.init(params), take_step(optimizer, "step")
+    state, step = optimizer.init(params), take_step(optimizer, path)
     g = of([1], np.ones((1, 2), np.float32))
     for _ in range(10):
         params, state = step(params, state, {"a": g, "b": g})
     params, _ = flushed(optimizer, params, state)
     np.testing.assert_allclose(params["a"][5], 0.95**10 * table(9, 2)[5], rtol=1e-6)
     assert_same_bits(params["b"][5], table(9, 2)[5])
+    assert state[2]["b"].decay.size == 0
 
 
 def test_checkpoints_of_orbax(tmp_path):

@@ -36,7 +36,7 @@ def run(*options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("options", [[], ["--dense"]], ids=["rows", "dense"])
+@pytest.mark.parametrize("options", [[], ["--exact"], ["--dense"]], ids=str)
 def test_a_run_learns_more_than_how_frequent_words_are(text, options):
     done = run("--text", text, *SMALL, *options)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,9 @@ def test_a_run_learns_more_than_how_frequent_words_are(text, options):
         for name in ("Loss", "Baseline")
     )
     assert loss < 0.8 * baseline
-    assert ("optax.adamaxw" in done.stdout) == bool(options)
+    optimizer = {"--dense": "optax.adamaxw", "--exact": "adamax.jax.adamax, exact"}
+    expected = optimizer[options[0]] if options else "adamax.jax.adamax"
+    assert re.search(rf"^Optimizer +{re.escape(expected)}$", done.stdout, re.M)
     # The words nearest to one are of its topic.
     shown = re.findall(r"^  (\w)\w +(\w)\w [\d.]+", done.stdout, re.M)
     assert len(shown) == 8

@@ -9,6 +9,7 @@ them.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -24,8 +25,8 @@ from ._kernels import Storage
 _FEWEST_ENTRIES = 1 << 12
 _ROWS_FOR_AN_ENTRY = 64
 
-# Powers of a beta are products of powers of beta, beta**256 and beta**65536.
-_DIGITS, _BASE = 3, 256
+# A power of a beta is a product of one for each digit of the exponent.
+_DIGITS, _BASE = 4, 256
 
 # The logarithm of a factor of 0: its powers are 0, and sums of it are not infinite.
 _LOG_OF_ZERO = -1e4
@@ -290,7 +291,7 @@ def _once(number: jax.Array, result: jax.Array) -> jax.Array:
     Where what is written into an array does not depend on what has been read of it, XLA
     makes a copy to be safe.
     """
-    of_all = result.reshape(len(result), -1)[:, :1].sum()
+    of_all = result.reshape(len(result), math.prod(result.shape[1:]))[:, :1].sum()
     return number + ((of_all != of_all) & (of_all == of_all))
 
 

@@ -482,10 +482,10 @@ def _missed(job, behind, number):
         if behind > window:
             later = _decayed(job, now - behind + window, number)
     powers = _pointer(_get(job, _POWERS), number)
-    for digit in range(3):
+    for digit in range(4):
         place_of_power = 256 * digit + ((behind >> 8 * digit) & 255)
         of_m *= _load(powers, place_of_power)
-        of_u *= _load(powers, 256 * 3 + place_of_power)
+        of_u *= _load(powers, 256 * 4 + place_of_power)
     return (of_w, of_m, of_u), later, sums, place, terms
 
 
