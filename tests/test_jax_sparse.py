@@ -494,6 +494,27 @@ def test_a_table_that_is_no_parameter_is_refused():
     assert lookup(2 * jnp.ones((4, 2)), jnp.array([1])).sum() == 4
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "over",
+    [
+        lambda read, ids: jax.vmap(read)(ids).sum(),
+        lambda read, ids: jax.lax.map(read, ids).sum(),
+        lambda read, ids: jax.lax.scan(lambda sum_, i: (sum_ + read(i), None), 0.0, ids)[0],
+        lambda read, ids: jax.lax.cond(ids[0] > 0, read, read, ids[0]),
+    ],
+)
+def test_a_lookup_in_a_transformation_is_refused(over, jit):
+    def loss(table, ids):
+        return over(lambda i: lookup(table, i[None]).sum(), ids)
+
+    differentiated = value_and_sparse_grad(loss)
+    with pytest.raises(ValueError, match=r"lookup\(\) in a transformation of JAX"):
+        (jax.jit(differentiated) if jit else differentiated)(
+            jnp.ones((5, 2)), jnp.arange(3)
+        )
+
+
 def test_ids_must_be_integers():
     with pytest.raises(TypeError, match="indices must be integers, got float32"):
         lookup(jnp.ones((4, 2)), jnp.array([1.0]))

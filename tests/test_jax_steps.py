@@ -358,6 +358,12 @@ def test_what_is_no_number_is_refused(name, value):
         make(**{"learning_rate": 0.1, name: value})
 
 
+@pytest.mark.parametrize("name", ["b1", "b2", "eps", "weight_decay"])
+def test_several_numbers_for_one_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} must be a number, got an array of \(2,"):
+        make(0.1, **{name: jnp.array([0.5, 0.6])})
+
+
 def test_a_schedule_of_the_decay_is_refused():
     with pytest.raises(TypeError, match="weight_decay must be a real number"):
         make(0.1, weight_decay=optax.constant_schedule(0.1))

@@ -44,14 +44,14 @@ class Deferred(NamedTuple):
             the entry of step ``s`` at ``s % entries``.
         decay: of the product of all decay factors up to step ``s``, at ``s % entries``, the
             logarithm in two parts and the number of negative factors, modulo 2:
-            ``(entries, 3)``, or of no entries without weight decay.
+            ``(entries, 3)``. None without weight decay.
     """
 
     steps: jax.Array
     stamps: jax.Array
     recent: jax.Array
     final: jax.Array
-    decay: jax.Array
+    decay: jax.Array | None
 
 
 def init_deferred(param: Any, b1: float, b2: float, decays: bool, names: Any) -> Deferred:
@@ -69,7 +69,7 @@ def init_deferred(param: Any, b1: float, b2: float, decays: bool, names: Any) ->
         _zeros_by_rows(param),
         jnp.zeros((2, *expansion.weights.shape), dtype),
         jnp.zeros((entries, expansion.terms), dtype),
-        jnp.zeros((entries if decays else 0, 3), dtype),
+        jnp.zeros((entries, 3), dtype) if decays else None,
     )
 
 
@@ -87,7 +87,7 @@ def _zeros_by_rows(param: Any) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("table", "mu", "nu", "deferred"),
-    meta_fields=("b1", "b2", "eps"),
+    meta_fields=("b1", "b2", "eps", "name"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class CurrentTable:
@@ -104,6 +104,7 @@ class CurrentTable:
     b1: float
     b2: float
     eps: float
+    name: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,21 +121,29 @@ class CurrentTable:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __jax_array__(self) -> NoReturn:
-        raise TypeError(
-            f"rows of this table of shape {self.shape} may be behind: read some with "
-            f"adamax.jax.lookup(table, ids), or bring all up to date with flush()"
-        )
-
     def _is_no_array(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self.__jax_array__()
+        raise TypeError(self._advice())
 
-    __array__ = __getitem__ = __matmul__ = __rmatmul__ = _is_no_array
+    __jax_array__ = __array__ = __getitem__ = __iter__ = _is_no_array
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _is_no_array
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = _is_no_array
+    __matmul__ = __rmatmul__ = _is_no_array
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("_") or attribute in type(self).__dataclass_fields__:
+            raise AttributeError(attribute)  # of an object that is being copied, say
+        raise AttributeError(f"there is no {attribute!r}: {self._advice()}")
+
+    def _advice(self) -> str:
+        return (
+            f"rows of the table{self.name} of shape {self.shape} may be behind; read some "
+            f"with adamax.jax.lookup(table, ids), or all of what flush() returns; for a "
+            f"parameter that is no table of rows, sparse may be a pytree that has 'lazy'"
+        )
 
     @property
     def decays(self) -> bool:
-        return len(self.deferred.decay) > 0
+        return self.deferred.decay is not None
 
     def rows(self, indices: jax.Array) -> jax.Array:
         """The rows at int32 ``indices`` of any shape, up to date; zeros where of none."""
@@ -159,9 +168,11 @@ class CurrentTable:
     def history(self) -> tuple[jax.Array, ...]:
         """All that says what a row has missed, as the operations and kernels take it."""
         dtype = state_dtype(self.mu.dtype)
-        steps, _, *sums = self.deferred
+        steps, _, recent, final, decay = self.deferred
         return (
-            *sums,
+            recent,
+            final,
+            jnp.zeros((0, 3), dtype) if decay is None else decay,
             jnp.asarray(_powers(self.b1, self.b2, dtype)),
             jnp.asarray([self.eps], dtype),
             steps.reshape(1),
@@ -233,12 +244,12 @@ class CurrentTable:
         dtype, entries = recent.dtype, len(final)
         weights = Expansion.of(self.b1, self.b2, dtype).weights
         older = jnp.pad(recent[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        if self.decays:
+        if decay is not None:
             older = (1 - decay_rate) * older
         recent = jnp.stack(_added(older, step_size * jnp.asarray(weights, dtype)))
         now = steps + 1
         final = final.at[(now - len(weights)) & (entries - 1)].set(recent[0, -1])
-        if self.decays:
+        if decay is not None:
             before = decay[steps & (entries - 1)]
             factor = 1 - decay_rate
             small = decay_rate < 0.5
@@ -321,7 +332,7 @@ def _caught_up(
     entry = (now - behind) & (entries - 1)
     older = final[entry]
     of_w = jnp.ones((), final.dtype)
-    if len(decay):
+    if len(decay):  # else there is no weight decay
         when_final = jnp.where(behind > window, now - behind + window, now)
         older = older * _decayed(decay, when_final, now)[:, None]
         of_w = _decayed(decay, now - behind, now)[of_row]

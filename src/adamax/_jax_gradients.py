@@ -9,10 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from ._jax_exact import is_current
 from ._jax_rows import IndexedSlices, PyTree, known_rows
+
+
+def _place() -> Any:
+    """In which transformations of JAX this is called, to be compared."""
+    state = jax.extend.core.get_opaque_trace_state
+    return state(convention="flax")  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -21,6 +28,7 @@ class _Lookups:
 
     tables: Sequence[Any]
     taps: Sequence[jax.Array] | None = None
+    place: Any = field(default_factory=_place)  # where the loss begins
     found: list[int] = field(default_factory=list)  # which of the tables
     shapes: list[jax.ShapeDtypeStruct] = field(default_factory=list)  # of the rows
     indices: list[jax.Array] = field(default_factory=list)
@@ -58,7 +66,8 @@ def lookup(table: jax.Array, indices: Any) -> jax.Array:
     Raises:
         TypeError: ``indices`` are not integers.
         ValueError: in :func:`value_and_sparse_grad`, ``table`` is not one of the parameters
-            but something computed from one, or passed through a transformation of JAX.
+            but something computed from one, or passed through a transformation of JAX; or
+            this is called in such a transformation (``jax.vmap``, ``jax.lax.scan``).
 
     >>> import jax.numpy as jnp
     >>> lookup(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, -1]))
@@ -80,12 +89,18 @@ def lookup(table: jax.Array, indices: Any) -> jax.Array:
             f"outside of jax.jit, jax.checkpoint and the like, and convert the rows "
             f"instead of it"
         )
+    if isinstance(indices, jax.core.Tracer) and lookups.place != _place():
+        raise ValueError(
+            "lookup() in a transformation of JAX that is in the loss (jax.vmap, "
+            "jax.lax.scan, jax.lax.map, jax.lax.cond) cannot tell its indices: look up the "
+            "rows of all of the batch before, and hand them in"
+        )
     lookups.found.append(number)
+    lookups.indices.append(indices)
     if lookups.taps is None:
         shape = (*indices.shape, *table.shape[1:])
         lookups.shapes.append(jax.eval_shape(lambda: jnp.zeros(shape, table.dtype)))
         return jnp.zeros(shape, table.dtype)
-    lookups.indices.append(indices)
     return _tapped(_gathered(table, indices), lookups.taps[len(lookups.found) - 1])
 
 

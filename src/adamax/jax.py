@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._exact import Expansion
 from ._jax_exact import CurrentTable, init_deferred, is_current
 from ._jax_gradients import lookup, value_and_sparse_grad
 from ._jax_rows import (
@@ -112,7 +113,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
         ...     value, gradients = value_and_sparse_grad(loss)(current, jnp.array([id]))
         ...     params, state = optimizer.step(params, state, gradients)
         >>> optimizer.lookup(params, state, {"table": jnp.array([7])})["table"].round(3)
-        Array([[-0.191]], dtype=float32)
+        Array([[-0.177]], dtype=float32)
         """
         return self._rule.current(params, state)
 
@@ -147,7 +148,8 @@ class Adamax(optax.GradientTransformationExtraArgs):
             if path not in by_path:
                 known = ", ".join(jax.tree_util.keystr(path) or "()" for path in by_path)
                 raise ValueError(
-                    f"ids must have paths of parameters, {known}, got ids{_at(path)}"
+                    f"ids must be arrays at paths of parameters, {known}, got {of_table!r}"
+                    f"{_at(path)}"
                 )
             return lookup(by_path[path], of_table)
 
@@ -171,7 +173,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
         Array([-0.1], dtype=float32)
         >>> params, state = jax.jit(optimizer.flush, donate_argnums=(0, 1))(params, state)
         >>> params[7].round(3)
-        Array([-0.191], dtype=float32)
+        Array([-0.177], dtype=float32)
         """
         return self._rule.flush(params, state)
 
@@ -264,15 +266,7 @@ def adamax(
         mask,
         sparse,
     )
-    if isinstance(sparse, str):
-        _is_exact(sparse)
-    if not rule.is_lazy:
-        for name, number in (("b1", rule.b1), ("b2", rule.b2), ("eps", rule.eps)):
-            if not isinstance(number, float):
-                raise TypeError(
-                    f"{name} must be a number where sparse is not 'lazy', got an array of "
-                    f"JAX (optax.inject_hyperparams takes it as one of static_args)"
-                )
+    rule.check_sparse()
     transformation = optax.GradientTransformationExtraArgs(rule.init, rule.update)
     return Adamax(transformation, rule)
 
@@ -297,6 +291,21 @@ class _Rule:
     def is_lazy(self) -> bool:
         return isinstance(self.sparse, str) and self.sparse == "lazy"
 
+    def check_sparse(self) -> None:
+        """Raise for what is wrong whatever the parameters are."""
+        if not callable(self.sparse):
+            for path, leaf in jax.tree.leaves_with_path(self.sparse, is_leaf=_is_none):
+                _is_exact(leaf, _at(path))
+        if self.is_lazy:
+            return
+        for number in (self.b1, self.b2, self.eps):
+            if not isinstance(number, float):
+                raise TypeError(
+                    "b1, b2 and eps must be numbers where sparse is not 'lazy', got an "
+                    "array of JAX (optax.inject_hyperparams has static_args for them)"
+                )
+        Expansion.of(self.b1, self.b2, "float32", _NAMES)
+
     @cached_property
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """What updates all parameters that are not exact."""
@@ -318,8 +327,16 @@ class _Rule:
         state = self.transformation.init(params)
         if self.is_lazy:
             return state
-        each = _Leaves(params, _as_tree(self.sparse, params))
+        each = _Leaves(params)
         decays = self.each_decays(each, params)
+        kinds = self.sparse(params) if callable(self.sparse) else self.sparse
+        try:
+            each.add(_for_each(kinds, params))
+        except ValueError as error:
+            raise ValueError(
+                f"sparse must be a pytree like that of the parameters, or one that ends "
+                f"earlier, got {kinds}: {error}"
+            ) from error
 
         def init_leaf(leaf: int, param: Any, sparse: Any) -> tuple[Any]:
             name = each.names[leaf]
@@ -340,8 +357,26 @@ class _Rule:
             return [False] * len(each)
         return [bool(leaf) for leaf in each.flatten(_as_tree(self.mask, params))]
 
+    def check_state(self, state: PyTree) -> None:
+        """Raise unless this is a state of this transformation, or one like it of optax."""
+        is_tuple = isinstance(state, tuple | list)
+        if not (is_tuple and hasattr(next(iter(state), None), "mu")):
+            raise TypeError(
+                f"state must be that of adamax(), a tuple that begins with an "
+                f"optax.ScaleByAdamState; of an optax.chain it is the part of this "
+                f"transformation; got {_kinds(state)}"
+            )
+        if len(state) != (2 if self.is_lazy else 3):
+            raise ValueError(
+                f"state must have {'two parts' if self.is_lazy else 'three parts'} where "
+                f"sparse is {'' if self.is_lazy else 'not '}'lazy', got {len(state)}; "
+                f"flush() makes the first two parts those of any other Adamax, and from "
+                f"such a state (*state, *optimizer.init(params)[2:]) goes on"
+            )
+
     def tables(self, each: "_Leaves", params: PyTree, state: PyTree) -> list[Any]:
         """For each leaf the table, if it is exact, or else None."""
+        self.check_state(state)
         of_moments, _, *deferred = state
         if not deferred:
             return [None] * len(each)
@@ -349,13 +384,15 @@ class _Rule:
             raise ValueError("with sparse='exact' the parameters must be given, got None")
         trees = (params, of_moments.mu, of_moments.nu, deferred[0])
         return [
-            None if of_leaf is None else self.table(param, mu, nu, of_leaf)
-            for param, mu, nu, of_leaf in zip(*map(each.flatten, trees), strict=True)
+            None if of_leaf is None else self.table(name, param, mu, nu, of_leaf)
+            for name, param, mu, nu, of_leaf in zip(
+                each.names, *map(each.flatten, trees), strict=True
+            )
         ]
 
-    def table(self, param: Any, mu: Any, nu: Any, deferred: Any) -> CurrentTable:
-        param = jnp.asarray(param)
-        return CurrentTable(param, mu, nu, deferred, self.b1, self.b2, self.eps)
+    def table(self, name: str, param: Any, mu: Any, nu: Any, deferred: Any) -> CurrentTable:
+        arrays = (jnp.asarray(param), jnp.asarray(mu), jnp.asarray(nu), deferred)
+        return CurrentTable(*arrays, self.b1, self.b2, self.eps, name)
 
     def scalars(self, state: PyTree) -> tuple["_Scalars", PyTree]:
         """Those of a step, and the state of the learning rate after it."""
@@ -367,6 +404,7 @@ class _Rule:
     def step(
         self, params: PyTree, state: PyTree, gradients: PyTree
     ) -> tuple[PyTree, PyTree]:
+        self.check_state(state)
         of_moments, _, *deferred = state
         scalars, of_rate = self.scalars(state)
         each = _Leaves(gradients, of_moments.mu, of_moments.nu, params)
@@ -423,6 +461,7 @@ class _Rule:
         return each.map(current_leaf, results=1)[0]
 
     def flush(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        self.check_state(state)
         of_moments, of_rate, *deferred = state
         each = _Leaves(params, of_moments.mu, of_moments.nu)
         tables = self.tables(each, params, state)
@@ -546,7 +585,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     Array([1., 0., 1.], dtype=float32)
     """
     structure: Any
-    leaves, structure = jax.tree.flatten(params, is_leaf=lambda leaf: leaf is None)
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
     return structure.unflatten(
         param if param is None or update is None else _added(param, update)
         for param, update in zip(leaves, structure.flatten_up_to(updates), strict=True)
@@ -569,6 +608,9 @@ class _Leaves:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def add(self, tree: PyTree) -> None:
+        self._columns.append(self.flatten(tree))
 
     def flatten(self, tree: PyTree) -> list[Any]:
         return self._structure.flatten_up_to(tree)
@@ -694,23 +736,38 @@ def _checked_gradient(gradient: Any, param: Any, name: str) -> Any:
 
 
 def _as_tree(mask: Any, params: PyTree) -> PyTree:
-    """A mask, or another tree of that kind, with a leaf for each parameter."""
+    """A mask with a leaf for each parameter."""
     if callable(mask):
         mask = mask(params)
-    if mask is None:
-        mask = True
-    return jax.tree.map(lambda leaf, part: jax.tree.map(lambda _: leaf, part), mask, params)
+    return _for_each(True if mask is None else mask, params)
+
+
+def _for_each(tree: PyTree, params: PyTree) -> PyTree:
+    """``tree`` with a leaf for each parameter, where it may end earlier."""
+    return jax.tree.map(lambda leaf, part: jax.tree.map(lambda _: leaf, part), tree, params)
+
+
+def _is_none(node: object) -> bool:
+    return node is None
+
+
+def _kinds(state: PyTree) -> str:
+    parts = state if isinstance(state, tuple | list) else ()
+    return f"{type(state).__name__}({', '.join(type(part).__name__ for part in parts)})"
 
 
 def _is_exact(sparse: Any, name: str = "") -> bool:
-    if sparse not in ("lazy", "exact"):
+    if not (isinstance(sparse, str) and sparse in ("lazy", "exact")):
         raise ValueError(f"sparse must be 'lazy' or 'exact', got {sparse!r}{name}")
-    return bool(sparse == "exact")
+    return sparse == "exact"
 
 
 def _checked(hyperparameter: str, value: Any) -> Any:
     """A number as a float if it may be one; an array as it is, since it may be traced."""
     if isinstance(value, jax.Array):
+        if value.shape:
+            name = _NAMES.get(hyperparameter, hyperparameter)
+            raise ValueError(f"{name} must be a number, got an array of {value.shape}")
         return value
     return checked_number(hyperparameter, value, _NAMES.get(hyperparameter))
 
