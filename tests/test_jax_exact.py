@@ -565,6 +565,30 @@ def test_gradients_of_another_shape_are_refused(path):
         take_step(optimizer, path)(w, optimizer.init(w), of([1], np.ones((1, 3))))
 
 
+def test_transformations_that_look_at_rows_that_may_be_behind_are_refused():
+    chain = optax.chain(on_rows(optax.add_decayed_weights(0.1)), exact())
+    w = table(9, 2)
+    with pytest.raises(TypeError, match=r"in on_rows\(\) that looks at parameters cannot"):
+        chain.update(of([1], np.ones((1, 2), np.float32)), chain.init(w), w)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda params: sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(params)),
+        lambda params: lookup(params["t"], jnp.array([1])).sum() + params["t"].mu.sum(),
+        lambda params: params["t"].table.sum(),
+    ],
+)
+def test_a_loss_that_takes_a_current_table_apart_is_refused(loss):
+    optimizer, params = exact(), {"t": table(9, 2)}
+    current = optimizer.current(params, optimizer.init(params))
+    with pytest.raises(
+        ValueError, match=r"parts of an exact table: rows of the table at \["
+    ):
+        value_and_sparse_grad(loss)(current)
+
+
 def test_an_update_needs_the_parameters():
     optimizer, w = exact(), table(9, 2)
     with pytest.raises(ValueError, match="parameters must be given"):
@@ -673,6 +697,83 @@ def test_the_state_goes_on_from_a_dense_one_and_back(rng):
     back, of_back = take_step(optax.adamax(0.01), "update")(w, state[:2], g)
     assert int(of_back[0].count) == 42
     assert np.isfinite(back).all()
+
+
+STATES_OF_OTHERS = {
+    "fewer rows": (table(5, 3), {}, {}),
+    "more rows": (table(5000, 3), {}, {}),
+    "another width": (table(9, 8), {}, {}),
+    "another window": (table(9, 3), {"b1": 0.5}, {}),
+    "decay after none": (table(9, 3), {}, {"weight_decay": 1.0}),
+    "no decay after some": (table(9, 3), {"weight_decay": 1.0}, {}),
+    "a mask": (table(9, 3), {"weight_decay": 1.0}, {"weight_decay": 1.0, "mask": False}),
+}
+
+
+@pytest.mark.parametrize("user", range(5))
+@pytest.mark.parametrize("of_another", STATES_OF_OTHERS)
+def test_states_of_other_tables_and_optimizers_are_refused(of_another, user):
+    """The kernels would read and write outside of the arrays."""
+    other, made_with, used_with = STATES_OF_OTHERS[of_another]
+    state = exact(**made_with).init(other)
+    optimizer = exact(**used_with)
+    use = users_of_the_state(optimizer, of([1], np.ones((1, 3), np.float32)))[user]
+    with pytest.raises(
+        ValueError, match=r"the state (must be of a table|is of other betas)"
+    ):
+        use(table(9, 3), state)
+
+
+@pytest.mark.parametrize("user", range(5))
+def test_states_of_another_dtype_are_refused(user):
+    with precision("float64"):
+        w, optimizer = table(9, 3, "float64"), exact()
+        dense = optax.adamax(0.1).init(table(9, 3))
+        state = (*dense, *optimizer.init(w)[2:])
+        use = users_of_the_state(optimizer, of([1], np.ones((1, 3))))[user]
+        with pytest.raises(
+            ValueError, match=r"must be float64 throughout .* got mu float32"
+        ):
+            use(w, state)
+        use(w, optimizer.init(w))
+
+
+def test_a_16_bit_state_of_another_optimizer_goes_on(way):
+    w, optimizer = table(9, 3, "float16"), exact()
+    moments, *others = optimizer.init(w)
+    halves = jax.tree.map(lambda x: x.astype(jnp.float16), (moments.mu, moments.nu))
+    state = (moments._replace(mu=halves[0], nu=halves[1]), *others)
+    w, state = train(optimizer, w, state, 2, way)
+    assert state[0].mu.dtype == jnp.float32
+
+
+def test_a_mapped_current_table_is_read_as_what_it_is_then():
+    optimizer, w = exact(), table(9, 3)
+    w, state = train(optimizer, w, optimizer.init(w), 20)
+    current = optimizer.current(w, state)
+    halves = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, current
+    )
+    ids = jnp.arange(9)
+    np.testing.assert_allclose(
+        jax.jit(lookup)(halves, ids).astype(np.float32), lookup(current, ids), atol=0.05
+    )
+
+
+def test_a_gradient_of_none_may_stand_for_a_branch(way):
+    optimizer = exact(sparse={"t": "exact", "sub": {"a": "exact", "b": "lazy"}})
+    params = {"t": table(9, 2), "sub": {"a": table(5, 2), "b": jnp.ones(3)}}
+    state, step = optimizer.init(params), take_step(optimizer, way)
+    g = of([1], np.ones((1, 2), np.float32))
+    gradients = {"t": g, "sub": {"a": g, "b": jnp.ones(3)}}
+    params, state = step(params, state, gradients)
+    updates, after = optimizer.update({"t": g, "sub": None}, state, params)
+    assert updates["sub"] is None
+    stepped, of_stepped = optimizer.step(params, state, {"t": g, "sub": None})
+    for new in (after, of_stepped):
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        jax.tree.map(assert_same_bits, new[2]["sub"], state[2]["sub"])
+    jax.tree.map(assert_same_bits, stepped["sub"], params["sub"])
 
 
 def test_flushing_changes_nothing_that_is_current(rng):
@@ -823,6 +924,39 @@ def test_scan_and_no_jit():
         eager, _ = step(eager, of_step)
     np.testing.assert_allclose(scanned, eager[0], rtol=1e-6, atol=1e-6)
     assert_same_bits(of_scanned[2].stamps, eager[1][2].stamps)
+
+
+@pytest.mark.parametrize(
+    "strict",
+    [
+        partial(jax.numpy_dtype_promotion, "strict"),
+        partial(jax.numpy_rank_promotion, "raise"),
+        partial(jax.debug_nans, True),
+        partial(jax.disable_jit, True),
+    ],
+)
+def test_jax_may_be_strict(way, strict):
+    optimizer, w = exact(weight_decay=0.1), table(9, 2)
+    with strict():
+        w, state = train(optimizer, w, optimizer.init(w), 3, way)
+        rows = optimizer.lookup(w, state, jnp.arange(9))
+        w, state = optimizer.flush(w, state)
+    np.testing.assert_allclose(rows, w, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_of_numpy_arrays_needs_no_jit():
+    optimizer, w = exact(weight_decay=0.1), table(9, 2)
+    g = of([1], np.ones((1, 2), np.float32))
+    w, state = jax.device_get((w, optimizer.init(w)))
+    updates, of_updates = optimizer.update(g, state, w)
+    for after in (
+        optimizer.step(w, state, g),
+        (apply_updates(w, updates), of_updates),
+    ):
+        ours, _ = optimizer.flush(*jax.device_get(after))
+        expected = 0.99 * np.asarray(w)
+        expected[1] -= 0.1
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
 def test_vmap_over_models():

@@ -1,5 +1,6 @@
 """``adamax.jax.adamax`` on whole arrays: the oracle, NumPy, optax's state, and errors."""
 
+import copy
 import inspect
 import math
 
@@ -25,7 +26,7 @@ from jax_cases import (
 )
 
 from adamax.jax import adamax as make  # isort: skip  (not without jax)
-from adamax.jax import apply_updates, scale_by_adamax  # isort: skip
+from adamax.jax import IndexedSlices, apply_updates, scale_by_adamax  # isort: skip
 
 paths = pytest.mark.parametrize("path", PATHS)
 
@@ -411,6 +412,31 @@ def test_a_gradient_of_another_shape_is_refused(path):
         ValueError, match=r"shape of its parameter, \(3, 2\), got \(2,\) at"
     ):
         take_step(optimizer, path)(w, state, {"a": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_a_state_of_another_shape_is_refused(of_rows):
+    """The kernels would read and write outside of it."""
+    optimizer, w = make(0.1), jnp.ones((9, 8))
+    g = IndexedSlices(w[:1], jnp.array([8])) if of_rows else w
+    for other in (jnp.ones((5, 8)), jnp.ones((9, 4))):
+        with pytest.raises(ValueError, match=r"the shape of its parameter, \(9, 8\), got"):
+            optimizer.step(w, optimizer.init(other), g)
+
+
+def test_a_step_without_jit_at_all():
+    optimizer, w = make(0.1), jnp.ones(3)
+    with jax.disable_jit():
+        w, _ = optimizer.step(w, optimizer.init(w), w)
+    np.testing.assert_allclose(w, 0.9, rtol=1e-6)
+
+
+def test_an_optimizer_can_be_copied():
+    optimizer = make(0.1)
+    for copied in (copy.copy(optimizer), copy.deepcopy(optimizer)):
+        w = jnp.ones(3)
+        w, _ = copied.step(w, copied.init(w), w)
+        np.testing.assert_allclose(w, 0.9, rtol=1e-6)
 
 
 def test_updates_of_none_are_no_updates():

@@ -172,6 +172,27 @@ def test_two_threads_may_step_at_once(rng):
             jax.tree.map(assert_same_bits, actual, known)
 
 
+def test_kernels_may_be_asked_for_by_several_threads_first(run_python):
+    program = """
+        import threading, warnings
+        import jax, jax.numpy as jnp
+        from adamax.jax import adamax
+        warnings.simplefilter("error")
+        optimizer, w = adamax(0.1), jnp.ones(3)
+        state = optimizer.init(w)
+        together = threading.Barrier(4)
+        texts = []
+        def lower():
+            together.wait()
+            texts.append(jax.jit(optimizer.step).lower(w, state, w).as_text())
+        threads = [threading.Thread(target=lower) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(sum("adamax_dense_float32" in text for text in texts))
+    """
+    assert run_python(program) == "4"
+
+
 def test_a_process_may_end_in_the_midst_of_a_step(run_python):
     program = """
         import jax, jax.numpy as jnp

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._exact import Expansion
-from ._jax_rows import IndexedSlices, known_rows, put_rows, sum_repeats, table_rows
+from ._jax_rows import (
+    IndexedSlices,
+    NotAnArray,
+    known_rows,
+    put_rows,
+    sum_repeats,
+    table_rows,
+)
 from ._jax_step import Three, primitive, state_dtype, stepped
 from ._kernels import Storage
 
@@ -90,7 +97,7 @@ def _zeros_by_rows(param: Any) -> jax.Array:
     meta_fields=("b1", "b2", "eps", "name"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class CurrentTable:
+class CurrentTable(NotAnArray):
     """A table some of whose rows are behind, to be read with :func:`adamax.jax.lookup`.
 
     :meth:`adamax.jax.Adamax.current` makes it. It is a node of a pytree and not an array:
@@ -105,6 +112,32 @@ class CurrentTable:
     b2: float
     eps: float
     name: str
+
+    def check(self, decays: bool) -> None:
+        """Raise unless all parts are of one table, and of an optimizer like this one."""
+        table, recent = self.table, self.deferred.recent
+        shapes = {array.shape for array in (table, self.mu, self.nu)}
+        expected = state_dtype(table.dtype)
+        dtypes = {state_dtype(array.dtype) for array in (self.mu, self.nu, recent)}
+        if len(shapes) > 1 or self.deferred.stamps.shape != table.shape[:1]:
+            raise ValueError(
+                f"the state{self.name} must be of a table of shape {table.shape}, got "
+                f"mu {self.mu.shape}, nu {self.nu.shape} and stamps "
+                f"{self.deferred.stamps.shape}"
+            )
+        if dtypes != {expected}:
+            raise ValueError(
+                f"the state{self.name} must be {expected} throughout for a table of "
+                f"{table.dtype}, got mu {self.mu.dtype}, nu {self.nu.dtype} and recent "
+                f"sums {recent.dtype}"
+            )
+        window = Expansion.of(self.b1, self.b2, expected).weights.shape
+        if recent.shape[1:] != window or (self.deferred.decay is not None) != decays:
+            raise ValueError(
+                f"the state{self.name} is of other betas, or of another weight decay (one "
+                f"of 0, or none of 0), than those of this optimizer; call flush() with the "
+                f"optimizer that it is of, and go on with init(params)[2:] of this one"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,20 +154,12 @@ class CurrentTable:
     def __len__(self) -> int:
         return len(self.table)
 
-    def _is_no_array(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(self._advice())
-
-    __jax_array__ = __array__ = __getitem__ = __iter__ = _is_no_array
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _is_no_array
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = _is_no_array
-    __matmul__ = __rmatmul__ = _is_no_array
-
     def __getattr__(self, attribute: str) -> NoReturn:
         if attribute.startswith("_") or attribute in type(self).__dataclass_fields__:
             raise AttributeError(attribute)  # of an object that is being copied, say
-        raise AttributeError(f"there is no {attribute!r}: {self._advice()}")
+        raise AttributeError(f"there is no {attribute!r}: {self.advice()}")
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
         return (
             f"rows of the table{self.name} of shape {self.shape} may be behind; read some "
             f"with adamax.jax.lookup(table, ids), or all of what flush() returns; for a "
@@ -154,14 +179,14 @@ class CurrentTable:
             indices.reshape(-1),
             *self.history(),
         )
-        bind = _lookup_p.bind if _has_kernels(*operands[:3]) else _looked_up
+        bind = _lookup_p.bind if self._has_kernels() else _looked_up
         (rows,) = bind(*operands)
         return rows.reshape(*indices.shape, *self.shape[1:])
 
     def flushed(self) -> tuple[jax.Array, jax.Array, jax.Array, Deferred]:
         """The table, its state and what is deferred, with all rows up to date."""
         tables = (self.table, *_with_dtype_of_state(self.mu, self.nu))
-        bind = _flush_p.bind if _has_kernels(*tables) else _flushed
+        bind = _flush_p.bind if self._has_kernels() else _flushed
         table, mu, nu, stamps = bind(*tables, self.deferred.stamps, *self.history())
         return table, mu, nu, self.deferred._replace(stamps=stamps)
 
@@ -192,7 +217,7 @@ class CurrentTable:
             scalars,
             *self.history(),
         )
-        has_kernels = _has_kernels(*operands[:3], gradient.values)
+        has_kernels = self._has_kernels() and gradient.values.dtype == self.dtype
         bind = _step_p.bind if has_kernels else _stepped
         table, mu, nu, stamps = bind(*operands)
         deferred = self._recorded(scalars[0], decay_rate, _first(table, indices))
@@ -221,6 +246,16 @@ class CurrentTable:
         deferred = self._recorded(scalars[0], decay_rate, updates.values)
         stamps = put_rows(self.deferred.stamps, rows, _filled(rows, deferred.steps))
         return updates, mu, nu, deferred._replace(stamps=stamps)
+
+    def _has_kernels(self) -> bool:
+        """Whether there are kernels for these arrays, also after they have been mapped."""
+        expected = state_dtype(self.dtype)
+        _, _, *history = self.deferred
+        return Storage.of(self.dtype) is not None and all(
+            array.dtype == expected
+            for array in (*_with_dtype_of_state(self.mu, self.nu), *history)
+            if array is not None
+        )
 
     def _rows_in_turn(self) -> jax.Array:
         """Rows that this step brings up to date, each within half the entries."""
@@ -267,12 +302,6 @@ def is_current(node: object) -> bool:
     return isinstance(node, CurrentTable)
 
 
-def _has_kernels(param: jax.Array, mu: jax.Array, nu: jax.Array, *more: jax.Array) -> bool:
-    return Storage.of(param.dtype) is not None and all(
-        array.dtype == param.dtype for array in more
-    )
-
-
 def _with_dtype_of_state(*moments: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(moment.astype(state_dtype(moment.dtype)) for moment in moments)
 
@@ -303,7 +332,7 @@ def _once(number: jax.Array, result: jax.Array) -> jax.Array:
     makes a copy to be safe.
     """
     of_all = result.reshape(len(result), math.prod(result.shape[1:]))[:, :1].sum()
-    return number + ((of_all != of_all) & (of_all == of_all))
+    return number + ((of_all != of_all) & (of_all == of_all)).astype(number.dtype)
 
 
 def _first(table: jax.Array, indices: jax.Array) -> jax.Array:
@@ -324,7 +353,7 @@ def _caught_up(
     w: jax.Array, m: jax.Array, u: jax.Array, stamps: jax.Array, history: History
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows brought up to date, in the dtype of the state."""
-    recent, final, decay, powers, eps, (now,) = history
+    recent, final, decay, powers, (eps,), (now,) = history
     behind = now - stamps
     window, entries = recent.shape[1], len(final)
     of_row = (slice(None), *(None,) * (w.ndim - 1))
@@ -339,9 +368,10 @@ def _caught_up(
     newer = recent[0, jnp.clip(behind - 1, 0, window - 1)]
     sums = jnp.where((behind > window)[:, None], older, newer)
 
-    digits = (behind[:, None] // _BASE ** np.arange(_DIGITS)) & (_BASE - 1)
-    places = jnp.arange(_DIGITS)
-    of_m, of_u = (p[places, digits].prod(axis=1)[of_row] for p in powers)
+    of_digits = [
+        powers[:, place, (behind // _BASE**place) & (_BASE - 1)] for place in range(_DIGITS)
+    ]
+    of_m, of_u = (factor[of_row] for factor in functools.reduce(jnp.multiply, of_digits))
 
     inverse = 1 / (u + eps)
     two_t = 4 * (u * inverse) - 2  # t = 2 * x - 1

@@ -227,11 +227,16 @@ def _find_lookups(
     used |= {id(v) for v in jaxpr.outvars}
     # A table that may be behind is several inputs, the table itself the first.
     first = [0, *itertools.accumulate(len(jax.tree.leaves(leaf)) for leaf in leaves)]
-    for number in set(lookups.found):
-        if id(jaxpr.invars[first[number]]) in used:
+    for number, leaf in enumerate(leaves):
+        inputs = jaxpr.invars[first[number] : first[number + 1]]
+        if used.isdisjoint(map(id, inputs)):
+            continue
+        if is_current(leaf):
+            raise ValueError(f"the loss reads parts of an exact table: {leaf.advice()}")
+        if number in lookups.found:
             raise ValueError(
-                f"the table of shape {leaves[number].shape} is read with lookup() and "
-                f"also in another way, so that its gradient is not one of some rows; use "
+                f"the table of shape {leaf.shape} is read with lookup() and also in "
+                f"another way, so that its gradient is not one of some rows; use "
                 f"jax.value_and_grad"
             )
     return lookups.found, lookups.shapes

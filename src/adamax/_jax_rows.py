@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,32 @@ class IndexedSlices:
             mode="drop",
             indices_are_sorted=self.distinct,
             unique_indices=self.distinct,
+        )
+
+
+class NotAnArray:
+    """What stands where an array would be, and says why if it is taken for one."""
+
+    def advice(self) -> str:
+        raise NotImplementedError
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(self.advice())
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = _refuse
+    __matmul__ = __rmatmul__ = _refuse
+
+
+class RowsBehind(NotAnArray):
+    """In place of rows of a table that are not up to date."""
+
+    def advice(self) -> str:
+        return (
+            "a transformation in on_rows() that looks at parameters cannot be used before "
+            "exact updates, since their rows in the table may be behind (adamax() has a "
+            "weight_decay of its own)"
         )
 
 
@@ -204,7 +230,8 @@ def on_rows(
 
     Args:
         inner: any transformation whose state does not have the shapes of the parameters:
-            clipping, scaling, weight decay, schedules.
+            clipping, scaling, weight decay, schedules. It comes before :func:`adamax` in a
+            chain; where that has ``sparse="exact"``, it cannot look at parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> gradients = {"table": IndexedSlices(jnp.array([[3.0], [1.0]]), jnp.array([7, 7]))}
@@ -228,8 +255,7 @@ def on_rows(
             tables = structure.flatten_up_to(params)
             summed = [_summed(*pair) for pair in zip(leaves, tables, strict=True)]
             params = structure.unflatten(
-                table_rows(table, rows) if is_slices(rows) else table
-                for table, rows in zip(tables, summed, strict=True)
+                _rows_of(table, rows) for table, rows in zip(tables, summed, strict=True)
             )
         values = (rows.values if is_slices(rows) else rows for rows in summed)
         updates, state = inner.update(
@@ -242,6 +268,12 @@ def on_rows(
         ), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _rows_of(table: Any, rows: Any) -> Any:
+    if not is_slices(rows):
+        return table
+    return RowsBehind() if rows.current else table_rows(table, rows)
 
 
 def _summed(gradient: Any, table: Any) -> Any:

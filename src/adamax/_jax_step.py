@@ -7,6 +7,7 @@ partitions.
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,14 @@ def primitive(
     primitive = jax.extend.core.Primitive(f"adamax_{verb}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(outputs or (lambda *avals: list(avals[:in_place])))
-    primitive.def_impl(jax.jit(primitive.bind))
+    compiled = jax.jit(primitive.bind)
+
+    def impl(*operands: jax.Array) -> Any:
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return in_operations(*operands)
+        return compiled(*operands)
+
+    primitive.def_impl(impl)
 
     by_xla = mlir.lower_fun(in_operations, multiple_results=True)
 
@@ -166,9 +174,18 @@ _array_p = primitive("dense", stepped)
 _rows_p = primitive("rows", _stepped_rows)
 
 
-@functools.cache
 def _target(verb: str, storage: Storage) -> str | None:
     """The name under which XLA knows the kernel, or None without one."""
+    with _registering:
+        return _registered(verb, storage)
+
+
+# XLA takes a handler only once under a name.
+_registering = threading.Lock()
+
+
+@functools.cache
+def _registered(verb: str, storage: Storage) -> str | None:
     import numba
 
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]

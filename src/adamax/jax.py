@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from ._exact import Expansion
-from ._jax_exact import CurrentTable, init_deferred, is_current
+from ._jax_exact import CurrentTable, Deferred, init_deferred, is_current
 from ._jax_gradients import lookup, value_and_sparse_grad
 from ._jax_rows import (
     IndexedSlices,
@@ -58,6 +58,10 @@ class Adamax(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, *transformation)
         self._rule = rule
         return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What ``__new__`` is given for a copy."""
+        return optax.GradientTransformationExtraArgs(*self), self._rule
 
     def step(
         self, params: PyTree, state: PyTree, gradients: PyTree
@@ -383,16 +387,19 @@ class _Rule:
         if params is None:
             raise ValueError("with sparse='exact' the parameters must be given, got None")
         trees = (params, of_moments.mu, of_moments.nu, deferred[0])
+        columns = (each.names, self.each_decays(each, params), *map(each.flatten, trees))
         return [
-            None if of_leaf is None else self.table(name, param, mu, nu, of_leaf)
-            for name, param, mu, nu, of_leaf in zip(
-                each.names, *map(each.flatten, trees), strict=True
-            )
+            self.table(*column) if isinstance(column[-1], Deferred) else None
+            for column in zip(*columns, strict=True)
         ]
 
-    def table(self, name: str, param: Any, mu: Any, nu: Any, deferred: Any) -> CurrentTable:
-        arrays = (jnp.asarray(param), jnp.asarray(mu), jnp.asarray(nu), deferred)
-        return CurrentTable(*arrays, self.b1, self.b2, self.eps, name)
+    def table(
+        self, name: str, decays: bool, param: Any, mu: Any, nu: Any, deferred: Deferred
+    ) -> CurrentTable:
+        param, mu, nu, deferred = jax.tree.map(jnp.asarray, (param, mu, nu, deferred))
+        table = CurrentTable(param, mu, nu, deferred, self.b1, self.b2, self.eps, name)
+        table.check(decays)
+        return table
 
     def scalars(self, state: PyTree) -> tuple["_Scalars", PyTree]:
         """Those of a step, and the state of the learning rate after it."""
@@ -410,9 +417,12 @@ class _Rule:
         each = _Leaves(gradients, of_moments.mu, of_moments.nu, params)
         decays = self.each_decays(each, params)
         tables = self.tables(each, params, state)
+        before = each.flatten(deferred[0]) if deferred else [None] * len(each)
 
         def step_leaf(leaf: int, gradient: Any, mu: Any, nu: Any, param: Any) -> Any:
             name, table = each.names[leaf], tables[leaf]
+            if gradient is None:
+                return param, mu, nu, before[leaf]
             if table is not None:
                 return _step_table(gradient, table, scalars, name)
             stepped = _step_leaf(gradient, mu, nu, param, scalars, decays[leaf], name)
@@ -441,10 +451,11 @@ class _Rule:
             return updates, (of_moments, of_rate)
         scalars, _ = self.scalars(state)
         each = _Leaves(gradients, updates, of_moments.mu, of_moments.nu)
+        before = each.flatten(state[2])
 
         def update_leaf(leaf: int, gradient: Any, *of_others: Any) -> Any:
-            if tables[leaf] is None:
-                return (*of_others, None)
+            if gradient is None or tables[leaf] is None:
+                return (*of_others, before[leaf])
             return _update_table(gradient, tables[leaf], scalars, each.names[leaf])
 
         updates, mu, nu, of_tables = each.map(update_leaf, results=4)
@@ -661,10 +672,13 @@ def _step_leaf(
     name: str,
 ) -> tuple[Any, Any, Any]:
     """One parameter and its state after the step."""
-    if gradient is None:
-        return param, mu, nu
     param = jnp.asarray(param)
     gradient = _checked_gradient(gradient, param, name)
+    if not jnp.shape(mu) == jnp.shape(nu) == param.shape:
+        raise ValueError(
+            f"the state must have the shape of its parameter, {param.shape}, got mu "
+            f"{jnp.shape(mu)} and nu {jnp.shape(nu)}{name}"
+        )
     dtype = state_dtype(mu.dtype)
     of_this_dtype = scalars.stacked(jnp.finfo(dtype).dtype, decays)
     mu, nu = mu.astype(dtype), nu.astype(dtype)
@@ -678,8 +692,6 @@ def _step_table(
     gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
 ) -> tuple[Any, Any, Any, Any]:
     """An exact table, its state and what is deferred, after the step."""
-    if gradient is None:
-        return table.table, table.mu, table.nu, table.deferred
     return table.stepped(
         _checked_current(gradient, table, name), *_of_table(table, scalars)
     )
@@ -689,8 +701,6 @@ def _update_table(
     gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
 ) -> tuple[Any, Any, Any, Any]:
     """The update of an exact table, its state and what is deferred, after the step."""
-    if gradient is None:
-        return None, table.mu, table.nu, table.deferred
     return table.updates(
         _checked_current(gradient, table, name), *_of_table(table, scalars)
     )
