@@ -424,7 +424,7 @@ class _Rule:
             if gradient is None:
                 return param, mu, nu, before[leaf]
             if table is not None:
-                return _step_table(gradient, table, scalars, name)
+                return table.stepped(*_for_table(gradient, table, scalars, name))
             stepped = _step_leaf(gradient, mu, nu, param, scalars, decays[leaf], name)
             return (*stepped, None)
 
@@ -454,9 +454,10 @@ class _Rule:
         before = each.flatten(state[2])
 
         def update_leaf(leaf: int, gradient: Any, *of_others: Any) -> Any:
-            if gradient is None or tables[leaf] is None:
+            table, name = tables[leaf], each.names[leaf]
+            if gradient is None or table is None:
                 return (*of_others, before[leaf])
-            return _update_table(gradient, tables[leaf], scalars, each.names[leaf])
+            return table.updates(*_for_table(gradient, table, scalars, name))
 
         updates, mu, nu, of_tables = each.map(update_leaf, results=4)
         of_moments = of_moments._replace(mu=mu, nu=nu)
@@ -688,28 +689,14 @@ def _step_leaf(
     return step_rows(param, mu, nu, rows, of_this_dtype)
 
 
-def _step_table(
+def _for_table(
     gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
-) -> tuple[Any, Any, Any, Any]:
-    """An exact table, its state and what is deferred, after the step."""
-    return table.stepped(
-        _checked_current(gradient, table, name), *_of_table(table, scalars)
-    )
-
-
-def _update_table(
-    gradient: Any, table: CurrentTable, scalars: _Scalars, name: str
-) -> tuple[Any, Any, Any, Any]:
-    """The update of an exact table, its state and what is deferred, after the step."""
-    return table.updates(
-        _checked_current(gradient, table, name), *_of_table(table, scalars)
-    )
-
-
-def _of_table(table: CurrentTable, scalars: _Scalars) -> tuple[jax.Array, Any]:
+) -> tuple[IndexedSlices, jax.Array, Any]:
+    """What an exact table is given for a step."""
     dtype, decays = state_dtype(table.mu.dtype), table.decays
     decay_rate = scalars.decay_rate(dtype) if decays else None
-    return scalars.stacked(dtype, decays), decay_rate
+    gradient = _checked_current(gradient, table, name)
+    return gradient, scalars.stacked(dtype, decays), decay_rate
 
 
 def _checked_current(gradient: Any, table: CurrentTable, name: str) -> IndexedSlices:
