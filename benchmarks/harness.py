@@ -2,11 +2,13 @@
 
 import gc
 import multiprocessing
+import os
 import time
+import unittest.mock
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -142,6 +144,7 @@ class Case:
     warm_ups: int = 2
     steps: int = 2  # of each contestant in a round; the first counts if it is the only one
     settle: float = 0.0  # seconds between the warm-ups and the rounds
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the process
     note: str = ""
 
     @property
@@ -189,7 +192,10 @@ def run(case: Case) -> Result:
         needed, there = (f"{number / 2**30:.1f} GiB" for number in (case.memory, available))
         raise CannotMeasureError(f"needs {needed} of memory, {there} are available")
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+    with (
+        unittest.mock.patch.dict(os.environ, case.environment),
+        ProcessPoolExecutor(1, mp_context=spawn) as executor,
+    ):
         samples, errors = executor.submit(_measure, case).result()
     return Result(case, samples, errors)
 
