@@ -618,3 +618,29 @@ def test_code_is_taken_from_the_cache(run_python, tmp_path):
     hits, misses = map(int, run_python(program, NUMBA_CACHE_DIR=cache).split())
     assert hits > 0
     assert misses == 0
+
+
+def test_threads_have_scratch_memory_of_their_own(run_python):
+    """Where all allocate from one place, what one thread has freed is what another gets."""
+    program = """
+        import numpy as np
+        from adamax import Adamax, IndexedSlices, set_num_threads
+
+        rng = np.random.default_rng(0)
+        ids = rng.integers(60, size=1200)
+        values = rng.normal(size=(1200, 1003)).astype(np.float32)
+
+        def trained(threads, sparse):
+            set_num_threads(threads)
+            table = np.ones((60, 1003), np.float32)
+            optimizer = Adamax(0.1, global_clipnorm=1.0, sparse=sparse)
+            for _ in range(20):
+                if sparse == "exact":
+                    optimizer.lookup(table, ids)
+                optimizer.apply_gradients([(IndexedSlices(values, ids), table)])
+            optimizer.flush()
+            return table.tobytes()
+
+        print(all(trained(1, sparse) == trained(3, sparse) for sparse in ("lazy", "exact")))
+    """
+    assert run_python(program, MALLOC_ARENA_MAX="1", MALLOC_PERTURB_="165") == "True"

@@ -479,6 +479,16 @@ def _dense_step(word, number, addresses, lengths, factors, coefficients, board, 
 
 
 @_inlined
+def _scratch(room, number):
+    """A pointer to memory of this thread.
+
+    It must be asked for in the loop that needs it: Numba frees an array after the last use
+    of its name, whatever still points to it, and another thread may then get the memory.
+    """
+    return _pointer(room.ctypes.data, number)
+
+
+@_inlined
 def _prefetch_begin(address, length):
     """Fetch what begins at an address, as far as it is worth it."""
     for line in range(0, min(length, _PREFETCH_BYTES), _CACHE_LINE):
@@ -512,7 +522,6 @@ def _rows_step(
     number_bytes = row_length * _itemsize(number)
     scalars = _scalars(factors, coefficients, word)
     summed = np.empty(row_length, np.float64)  # room for either type of number
-    total = _pointer(summed.ctypes.data, number)
     if not _join(board, helping):
         return
     while True:
@@ -535,6 +544,7 @@ def _rows_step(
                 g = _pointer(addresses[3] + position * word_bytes, word)
                 _update(w, m, u, g, row_length, scalars)
             else:
+                total = _scratch(summed, number)
                 _sum_row(total, keys, shift, i, end, addresses[3], row_length, word)
                 _update(w, m, u, total, row_length, scalars)
             i = end
@@ -622,8 +632,7 @@ def _pay_out(w, m, u, length, missed, epsilon, scratch, word):
             _store(m, i, of_m * moment)
             _store(u, i, of_u * norm)
         return
-    first = _pointer(scratch[0].ctypes.data, half)
-    second = _pointer(scratch[1].ctypes.data, half)
+    first, second = _scratch(scratch[0], half), _scratch(scratch[1], half)
     for i in range(length):
         _store(first, i, zero)
         _store(second, i, zero)
@@ -905,7 +914,6 @@ def _rows_square_sums(
     word, number, keys, shift, values, row_length, piece, sums, board, helping
 ):
     summed = np.empty(row_length, np.float64)  # room for either type of number
-    total = _pointer(summed.ctypes.data, number)
     if not _join(board, helping):
         return
     while True:
@@ -917,6 +925,7 @@ def _rows_square_sums(
         square_sum = 0.0
         while i < stop:
             end = _end_of_row(keys, shift, i)
+            total = _scratch(summed, number)
             _sum_row(total, keys, shift, i, end, values, row_length, word)
             for j in range(row_length):
                 element = np.float64(_load(total, j))

@@ -67,6 +67,7 @@ from ._cpu import (
     _prefetch_row,
     _rows_step,
     _scalars,
+    _scratch,
     _sort_keys,
     _split,
     _store,
@@ -609,7 +610,6 @@ def _work_on_exact_rows(job, helping, word, number):
     scalars = _scalars(factors, coefficients, word)
     given, now, piece = _get(job, _VALUES), _get(job, _NOW), _piece(job)
     scratch = np.empty((3, length))  # room for either type of number
-    total = _pointer(scratch[2].ctypes.data, number)
     if not _join(board, helping):
         return
     while True:
@@ -639,7 +639,7 @@ def _work_on_exact_rows(job, helping, word, number):
                 if end_of_values == i + 1:
                     _update(w, m, u, g, length, scalars)
                 else:
-                    values = addresses[3]
+                    values, total = addresses[3], _scratch(scratch[2], number)
                     _sum_row(total, keys, shift, i, end_of_values, values, length, word)
                     _update(w, m, u, total, length, scalars)
                 _set_stamp(job, row, now + 1)
@@ -672,8 +672,6 @@ def _work_on_lookup(job, helping, word, number):
     addresses, board, piece = _integers(job, _ADDRESSES, (4,)), _board(job), _piece(job)
     word_bytes, number_bytes = length * _itemsize(word), length * _itemsize(number)
     scratch = np.empty((4, length))  # room for either type of number
-    m = _pointer(scratch[2].ctypes.data, number)
-    u = _pointer(scratch[3].ctypes.data, number)
     if not _join(board, helping):
         return
     while True:
@@ -700,6 +698,7 @@ def _work_on_lookup(job, helping, word, number):
                 _store(result, k, _load(w, k))
             behind = _behind(job, row)
             if behind > 0:
+                m, u = _scratch(scratch[2], number), _scratch(scratch[3], number)
                 of_table = _row(job, 1, row, number), _row(job, 2, row, number)
                 for k in range(length):
                     _store(m, k, _load(of_table[0], k))
