@@ -597,6 +597,13 @@ def test_a_loss_that_takes_a_current_table_apart_is_refused(loss):
         value_and_sparse_grad(loss)(current)
 
 
+def test_a_current_table_that_is_no_parameter_is_refused():
+    optimizer, w = exact(), table(9, 2)
+    current, another = (optimizer.current(w, optimizer.init(w)) for w in (w, 2 * w))
+    with pytest.raises(ValueError, match=r"must be one of the parameters .* \(9, 2\)"):
+        value_and_sparse_grad(lambda _: lookup(another, jnp.array([1])).sum())(current)
+
+
 def test_an_update_needs_the_parameters():
     optimizer, w = exact(), table(9, 2)
     with pytest.raises(ValueError, match="parameters must be given"):

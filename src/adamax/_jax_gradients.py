@@ -85,8 +85,8 @@ def lookup(table: jax.Array, indices: Any) -> jax.Array:
     if number is None:
         raise ValueError(
             f"the table of lookup() must be one of the parameters as they were passed to "
-            f"the loss, got an array of shape {jnp.shape(table)} that is not; look it up "
-            f"outside of jax.jit, jax.checkpoint and the like, and convert the rows "
+            f"the loss, got an array of shape {jnp.shape(_array(table))} that is not; look "
+            f"it up outside of jax.jit, jax.checkpoint and the like, and convert the rows "
             f"instead of it"
         )
     if isinstance(indices, jax.core.Tracer) and lookups.place != _place():
