@@ -14,7 +14,7 @@ from exact_cases import EPSILON, FLOAT64, Dense, drawn
 from jax_cases import jax, jnp, optax, precision, take_step
 
 import adamax  # isort: skip
-from adamax import _jax_exact, _jax_step  # isort: skip  (not without jax)
+from adamax import _jax_exact, _jax_primitives  # isort: skip  (not without jax)
 from adamax.jax import (  # isort: skip
     IndexedSlices,
     apply_updates,
@@ -39,7 +39,7 @@ def by_kernels():
 
 @pytest.fixture
 def by_operations(monkeypatch):
-    monkeypatch.setattr(_jax_step, "_target", lambda verb, storage: None)
+    monkeypatch.setattr(_jax_primitives, "_target", lambda verb, storage: None)
     return "step"
 
 

@@ -21,7 +21,9 @@ from jax_cases import (
     take_step,
 )
 
-from adamax.jax import (  # isort: skip  (not without jax)
+from adamax import _jax_primitives  # isort: skip  (not without jax)
+from adamax._jax_rows import put_rows  # isort: skip
+from adamax.jax import (  # isort: skip
     IndexedSlices,
     adamax,
     apply_updates,
@@ -234,6 +236,48 @@ def test_adding_rows_to_an_array(rng, dtype):
             expected = np.arange(20.0).reshape(10, 2)
             expected[3] += 1
             np.testing.assert_array_equal(np.asarray(after).astype(complex), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "complex64"])
+@pytest.mark.parametrize("table", TABLES)
+def test_the_kernels_change_rows_as_jax_does(rng, monkeypatch, table, dtype):
+    shape = TABLES[table]
+    with precision(dtype):
+        w = jnp.asarray(values(rng, shape, "float64"), dtype)
+        indices = rng.integers(-2, shape[0] + 2, size=2 * shape[0])
+        of_rows = values(rng, (indices.size, *shape[1:]), "float64")
+        g = IndexedSlices(jnp.asarray(of_rows, dtype), jnp.asarray(indices))
+
+        def change(w, g):
+            # New functions, as JAX has compiled what it has seen.
+            summed = jax.jit(lambda g: sum_repeats(g, shape[0]))(g)
+            put = jax.jit(lambda w, g: put_rows(w, g, g.values.astype(w.dtype)))
+            by_kernels = "adamax_put" in put.lower(w, summed).as_text()
+            return by_kernels, (summed, put(w, summed), jax.jit(lambda w, g: w + g)(w, g))
+
+        by_kernels, after = change(w, g)
+        assert by_kernels == (dtype in DTYPES)
+        monkeypatch.setattr(_jax_primitives, "_target", lambda verb, storage: None)
+        by_kernels, expected = change(w, g)
+        assert not by_kernels
+        jax.tree.map(assert_same_bits, after, expected)
+
+
+def test_adding_rows_under_vmap_and_grad():
+    w, indices = jnp.arange(8.0).reshape(4, 2), jnp.array([[1, 1, 9], [0, -1, 3]])
+    of_rows = jnp.ones((2, 3, 2))
+
+    def add(w, values, indices):
+        return w + IndexedSlices(values, indices)
+
+    added = jax.vmap(add, in_axes=(None, 0, 0))(w, of_rows, indices)
+    np.testing.assert_array_equal((added - w)[..., 0], [[0, 2, 0, 0], [1, 0, 0, 1]])
+    of_w, of_values = jax.grad(lambda *given: (add(*given, indices[0]) ** 2).sum(), (0, 1))(
+        w, of_rows[0]
+    )
+    np.testing.assert_array_equal(of_w, 2 * added[0])
+    row = 2 * added[0, 1]
+    np.testing.assert_array_equal(of_values, [row, row, jnp.zeros(2)])
 
 
 def test_adding_rows_to_an_array_of_numpy():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._exact import Expansion
+from ._jax_primitives import primitive
 from ._jax_rows import (
     IndexedSlices,
     NotAnArray,
@@ -25,7 +26,7 @@ from ._jax_rows import (
     sum_repeats,
     table_rows,
 )
-from ._jax_step import Three, primitive, state_dtype, stepped
+from ._jax_step import Three, state_dtype, stepped
 from ._kernels import Storage
 
 # Entries of the ring: a power of 2, so that step numbers may overflow.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._jax_primitives import primitive
+
 if TYPE_CHECKING:
     import optax
 
@@ -70,13 +72,8 @@ class IndexedSlices:
             rows = sum_repeats(self, len(table))
             wide = table_rows(table, rows).astype(jnp.float32) + rows.values
             return put_rows(table, rows, wide.astype(table.dtype))
-        indices = known_rows(self.indices, len(table))
-        return table.at[indices].add(
-            jnp.asarray(self.values).astype(table.dtype),
-            mode="drop",
-            indices_are_sorted=self.distinct,
-            unique_indices=self.distinct,
-        )
+        values = jnp.asarray(self.values).astype(table.dtype)
+        return _with_rows(_add_p[self.distinct], table, self.indices, values)
 
 
 class NotAnArray:
@@ -172,7 +169,7 @@ def sum_repeats(slices: IndexedSlices, rows: int) -> IndexedSlices:
     place = jnp.cumsum(jnp.diff(ordered, prepend=-1) != 0, dtype=jnp.int32) - 1
     # Looking for the place of each index is faster than sorting positions along.
     place_of_each = place[jnp.searchsorted(ordered, indices)]
-    summed = jnp.zeros_like(values).at[place_of_each].add(values)
+    summed = _with_rows(_add_p[False], jnp.zeros_like(values), place_of_each, values)
     left_over = rows + jnp.arange(number, dtype=jnp.int32)
     distinct = left_over.at[place].set(ordered, indices_are_sorted=True)
     # The values of unknown rows have been summed as well.
@@ -205,9 +202,39 @@ def table_rows(table: jax.Array, rows: IndexedSlices) -> jax.Array:
 
 def put_rows(table: jax.Array, rows: IndexedSlices, values: jax.Array) -> jax.Array:
     """``table`` with ``values`` in the distinct ``rows``."""
-    return table.at[_not_from_the_end(rows.indices)].set(
-        values, mode="drop", indices_are_sorted=True, unique_indices=True
+    return _with_rows(_put_p, table, rows.indices, values)
+
+
+def _put(table: jax.Array, indices: jax.Array, values: jax.Array) -> tuple[jax.Array]:
+    into = table.at[_not_from_the_end(indices)]
+    return (into.set(values, mode="drop", indices_are_sorted=True, unique_indices=True),)
+
+
+def _add(
+    distinct: bool, table: jax.Array, indices: jax.Array, values: jax.Array
+) -> tuple[jax.Array]:
+    into = table.at[_not_from_the_end(indices)]
+    added = into.add(
+        values, mode="drop", indices_are_sorted=distinct, unique_indices=distinct
     )
+    return (added,)
+
+
+# What XLA makes of these on a CPU goes from element to element, in one thread.
+_put_p = primitive("put", _put, in_place=1)
+_add_p = [
+    primitive("add", functools.partial(_add, distinct), in_place=1)
+    for distinct in (False, True)
+]
+
+
+def _with_rows(change: Any, table: jax.Array, indices: Any, values: jax.Array) -> jax.Array:
+    """``table`` after a change of the rows at ``indices``."""
+    indices = jnp.asarray(indices)
+    if indices.dtype != jnp.int32:
+        indices = known_rows(indices, len(table))
+    changed: jax.Array = change.bind(table, indices, values)[0]
+    return changed
 
 
 def _not_from_the_end(indices: Any) -> jax.Array:

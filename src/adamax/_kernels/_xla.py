@@ -22,7 +22,12 @@ is the rows, up to date, and zeros for indices outside of the table. The history
 ``adamax._jax_exact.Deferred`` describes: recent, final and decay; the powers of the betas,
 epsilon and the number of steps so far.
 
-Results are where the arguments are, but for the rows.
+``put``, ``add``: arguments an array, indices (int32) and values of its rows, result the
+array with the values in those rows, or added to them in the order in which they are given
+(not for 16-bit arrays, whose sums would be rounded each time). Indices outside of the array
+are skipped.
+
+Results are where the arguments are, but for the rows that are looked up.
 """
 
 import functools
@@ -828,12 +833,60 @@ def _exact_lookup_handler(frame, task, word, number):
     return 0
 
 
+@_handler_kernel
+def _put_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame, 1):
+        return _error(frame, _INTERNAL, _not_in_place())
+    _on_each_row(frame, word, False)
+    return 0
+
+
+@_handler_kernel
+def _add_handler(frame, task, word, number):
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame, 1):
+        return _error(frame, _INTERNAL, _not_in_place())
+    _on_each_row(frame, word, True)
+    return 0
+
+
+@_inlined
+def _on_each_row(frame, word, add):
+    """Put values into rows, or add them; in this thread, since it is soon done."""
+    array = _data(frame, _FRAME_ARGUMENTS, 0)
+    indices = _pointer(_data(frame, _FRAME_ARGUMENTS, 1), np.int32(0))
+    values = _data(frame, _FRAME_ARGUMENTS, 2)
+    rows, count = _dimension(frame, 0, 0), _dimension(frame, 1, 0)
+    length = _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 1)
+    row_bytes = length * _itemsize(word)
+    for position in range(count):
+        if position + _PREFETCH_ROWS < count:
+            row = np.int64(_load(indices, position + _PREFETCH_ROWS))
+            if 0 <= row < rows:
+                _prefetch_begin(array + row * row_bytes, row_bytes)
+        row = np.int64(_load(indices, position))
+        if 0 <= row < rows:
+            into = _pointer(array + row * row_bytes, word)
+            of_row = _pointer(values + position * row_bytes, word)
+            if add:
+                for i in range(length):
+                    _store(into, i, _load(into, i) + _load(of_row, i))
+            else:
+                for i in range(length):
+                    _store(into, i, _load(of_row, i))
+
+
 _KERNELS = {
     "dense": (_dense_task, _dense_handler),
     "rows": (_rows_task, _rows_handler),
     "exact_step": (_exact_step_task, _exact_step_handler),
     "exact_flush": (_exact_flush_task, _exact_flush_handler),
     "exact_lookup": (_exact_lookup_task, _exact_lookup_handler),
+    "put": (None, _put_handler),
+    "add": (None, _add_handler),
 }
 
 
@@ -856,16 +909,22 @@ def handler(verb: str, storage: Storage) -> Any:
 def _compiled(verb: str, storage: Storage) -> Any:
     word, number = _cpu._types_of(storage)
     of_task, of_handler = _KERNELS[verb]
-    for kernel, addresses in ((of_task, 1), (of_handler, 2)):
+
+    def compile_for(kernel: Any, addresses: int) -> None:
         signature = (*addresses * [types.int64], *map(numba.typeof, (word, number)))
         _cpu._compile(kernel, signature)
 
-    def task(job):
-        of_task(job, word, number)
+    task_function: Any = None
+    if of_task is not None:
+        compile_for(of_task, 1)
 
-    task_function: Any = numba.cfunc(types.void(types.int64))(task)
+        def task(job):
+            of_task(job, word, number)
+
+        task_function = numba.cfunc(types.void(types.int64))(task)
     # An int would become part of a type, and of the name of a file in the cache.
-    task_address = np.int64(task_function.address)
+    task_address = np.int64(task_function.address if task_function else 0)
+    compile_for(of_handler, 2)
 
     def handler(frame):
         return of_handler(frame, task_address, word, number)
