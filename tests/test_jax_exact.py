@@ -109,7 +109,11 @@ def optimizers(run):
 # --- The trajectory -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("way", "seed"),
+    [*product(["kernels"], range(6)), *product(["operations", "update"], range(2))],
+    indirect=["way"],
+)
 def test_it_is_nearer_to_the_oracle_than_dense_float32(way, seed):
     run = drawn(seed, steps=1500)
     optimizer, dense, rates = optimizers(run)

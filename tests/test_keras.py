@@ -20,7 +20,7 @@ PARTS = {
 @pytest.mark.parametrize(
     ("back_end", "part"), [(b, part) for b, parts in PARTS.items() for part in parts]
 )
-def test_part(back_end, part):
+def test_part(back_end, part, tmp_path):
     for needed in {"keras", back_end} | ({"tf_keras"} if part == "tensorflow" else set()):
         framework(needed)
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--quiet", "-ra"]
@@ -39,6 +39,10 @@ def test_part(back_end, part):
             **os.environ,
             "KERAS_BACKEND": back_end,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            # Keras has JAX compile some functions again in each step.
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         },
         capture_output=True,
         text=True,

@@ -62,7 +62,7 @@ def test_what_it_cannot_use_is_said_in_a_line(tmp_path):
         (tmp_path, "must have a folder for each of two labels or more"),
         (tmp_path / "nothing", "No such file or directory"),
     ]:
-        done = run("tensorflow", "--text", str(given), "--out", str(tmp_path / "out"))
+        done = run("jax", "--text", str(given), "--out", str(tmp_path / "out"))
         assert done.returncode == 2
         assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
