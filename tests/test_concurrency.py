@@ -204,10 +204,12 @@ def interrupted(count):
     for number in range(1, 100 * count):
         optimizer = Adamax()
         try:
-            signal.setitimer(signal.ITIMER_REAL, number % 97 * 1e-4 + 1e-5)
+            # Again after a while, as Python drops an interrupt that arrives in a callback.
+            signal.setitimer(signal.ITIMER_REAL, number % 97 * 1e-4 + 1e-5, 5)
             while True:
                 optimizer.apply_gradients([(np.ones_like(w), w), (rows, table)])
         except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             arrived += 1
         if arrived == count:
             return
@@ -292,8 +294,8 @@ class Together:
         pass
 
 
-def _run_with_an_interrupt(task, at):
-    """Raise KeyboardInterrupt at one of the lines that run; how many of them ran.
+def _with_an_interrupt(call, at, codes):
+    """Raise KeyboardInterrupt at one of the lines of ``codes``; how many of them ran.
 
     Leaving a ``with`` is a line to a tracer, but nowhere that an interrupt can arrive.
     """
@@ -302,7 +304,7 @@ def _run_with_an_interrupt(task, at):
     def trace(frame, event, argument):
         nonlocal lines
         code = frame.f_code
-        if code is not _threads.run.__code__:
+        if code not in codes:
             return None
         text = linecache.getline(code.co_filename, frame.f_lineno)
         if event == "line" and not text.lstrip().startswith("with "):
@@ -314,12 +316,40 @@ def _run_with_an_interrupt(task, at):
     previous = sys.gettrace()
     sys.settrace(trace)  # of this thread, and not of the helpers
     try:
-        _threads.run(task, 3)
+        call()
     except KeyboardInterrupt:
         pass
     finally:
         sys.settrace(previous)
     return lines
+
+
+def _run_with_an_interrupt(task, at):
+    return _with_an_interrupt(lambda: _threads.run(task, 3), at, [_threads.run.__code__])
+
+
+def test_an_interrupt_at_any_line_leaves_no_call_behind():
+    """It ends by itself, and with it the process, which waits for it."""
+    codes = [_threads.run_uninterrupted.__code__, _threads._Call.wait.__code__]
+    ended = []
+
+    def function():
+        threading.Event().wait(timeout=0.05)
+        ended.append(True)
+
+    def call():
+        _threads.run_uninterrupted(function)
+
+    lines = _with_an_interrupt(call, 0, codes)
+    assert lines > 5
+    for at in range(1, lines + 1):
+        _with_an_interrupt(call, at, codes)
+        _threads.run_uninterrupted(function)
+    deadline = time.monotonic() + 60
+    while _threads._calls and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _threads._calls
+    assert len(ended) > 1 + lines
 
 
 def test_an_interrupt_at_any_line_waits_for_the_helpers():

@@ -11,7 +11,6 @@ there are no NaNs, and none at all where results must not depend on the vector w
 import ctypes
 import functools
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -289,36 +288,10 @@ def _call(kernel: Any, *arguments: Any) -> Any:
     signature = (kernel, *map(type, arguments))
     if signature not in _compiled:
         types_ = tuple(map(numba.typeof, arguments))
-        _uninterrupted(lambda: _compile(kernel, types_))
+        # An interrupt in the midst of code generation leaves machine code that is broken.
+        _threads.run_uninterrupted(lambda: _compile(kernel, types_))
         _compiled.add(signature)
     return kernel(*arguments)
-
-
-def _uninterrupted(compile_: Callable[[], None]) -> None:
-    """Compile in another thread, where no KeyboardInterrupt arrives.
-
-    One in the midst of code generation leaves machine code that is broken.
-    """
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            compile_()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target, name="adamax-compiler")
-    try:
-        thread.start()
-    except RuntimeError:  # there can be no more threads
-        compile_()
-        return
-    try:
-        thread.join()
-    finally:
-        thread.join()  # again, if an interrupt came
-    if errors:
-        raise errors[0]
 
 
 def _compile(kernel: Any, signature: tuple[types.Type, ...]) -> None:

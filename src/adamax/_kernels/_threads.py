@@ -6,11 +6,13 @@ a fork (GNU OpenMP), and bring a second OpenMP beside the host's. Each calling t
 helpers of its own, so that two of them can step at once.
 """
 
+import _thread
 import atexit
 import functools
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -95,6 +97,57 @@ def run(task: Task, threads: int) -> None:
         raise job.error
 
 
+def run_uninterrupted(function: Callable[[], None]) -> None:
+    """Call ``function`` in another thread, where no KeyboardInterrupt arrives.
+
+    The caller may be interrupted; it waits for the end all the same.
+    """
+    call = _Call(function)
+    try:
+        # A threading.Thread that is interrupted while it starts may never run, nor end.
+        _thread.start_new_thread(call.run, ())
+    except RuntimeError:  # there can be no more threads
+        function()
+        return
+    try:
+        call.wait()
+    finally:
+        call.wait()  # again, if an interrupt came
+    if call.error is not None:
+        raise call.error
+
+
+class _Call:
+    """A call of a function in a thread of its own."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._ended = False
+        self._end = _thread.allocate_lock()
+        self._end.acquire()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        _calls.add(self)
+        try:
+            self._function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._ended = True
+            _calls.discard(self)
+            self._end.release()
+
+    def wait(self) -> None:
+        # The lock is free once only, and not for whoever is interrupted then.
+        while not self._ended:
+            self._end.acquire(timeout=0.1)
+
+
+# Those that have begun.
+_calls: set[_Call] = set()
+
+
 class _Job:
     """A task in the queue of some helpers, until it is closed."""
 
@@ -166,8 +219,10 @@ _own = _Own()
 
 
 @atexit.register
-def _dismiss_all() -> None:
-    # A daemon thread in compiled code while the interpreter is torn down could crash it.
+def _end_all() -> None:
+    # A thread in compiled code while the interpreter is torn down could crash it.
+    for call in list(_calls):
+        call.wait()
     everybody = list(_all_helpers)
     for helpers in everybody:
         helpers.dismiss()
@@ -179,6 +234,7 @@ def _forget_helpers() -> None:
     # A forked child has the lists of threads but none of the threads.
     global _own
     _all_helpers.clear()
+    _calls.clear()
     _own = _Own()
 
 

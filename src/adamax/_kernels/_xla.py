@@ -44,7 +44,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import Storage, _cpu
+from . import Storage, _cpu, _threads
 from ._cpu import (
     _CLOSED,
     _ELEMENTS_WORTH_A_THREAD,
@@ -714,6 +714,32 @@ def _work_on_lookup(job, helping, word, number):
     _leave(board, helping)
 
 
+@_inlined
+def _on_each_row(frame, word, add):
+    """Put values into rows, or add them; in this thread, since it is soon done."""
+    array = _data(frame, _FRAME_ARGUMENTS, 0)
+    indices = _pointer(_data(frame, _FRAME_ARGUMENTS, 1), np.int32(0))
+    values = _data(frame, _FRAME_ARGUMENTS, 2)
+    rows, count = _dimension(frame, 0, 0), _dimension(frame, 1, 0)
+    length = _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 1)
+    row_bytes = length * _itemsize(word)
+    for position in range(count):
+        if position + _PREFETCH_ROWS < count:
+            row = np.int64(_load(indices, position + _PREFETCH_ROWS))
+            if 0 <= row < rows:
+                _prefetch_begin(array + row * row_bytes, row_bytes)
+        row = np.int64(_load(indices, position))
+        if 0 <= row < rows:
+            into = _pointer(array + row * row_bytes, word)
+            of_row = _pointer(values + position * row_bytes, word)
+            if add:
+                for i in range(length):
+                    _store(into, i, _load(into, i) + _load(of_row, i))
+            else:
+                for i in range(length):
+                    _store(into, i, _load(of_row, i))
+
+
 @_handler_kernel
 def _dense_task(job, word, number):
     _work_on_arrays(job, True, word, number)
@@ -853,32 +879,6 @@ def _add_handler(frame, task, word, number):
     return 0
 
 
-@_inlined
-def _on_each_row(frame, word, add):
-    """Put values into rows, or add them; in this thread, since it is soon done."""
-    array = _data(frame, _FRAME_ARGUMENTS, 0)
-    indices = _pointer(_data(frame, _FRAME_ARGUMENTS, 1), np.int32(0))
-    values = _data(frame, _FRAME_ARGUMENTS, 2)
-    rows, count = _dimension(frame, 0, 0), _dimension(frame, 1, 0)
-    length = _size(_buffer(frame, _FRAME_ARGUMENTS, 0), 1)
-    row_bytes = length * _itemsize(word)
-    for position in range(count):
-        if position + _PREFETCH_ROWS < count:
-            row = np.int64(_load(indices, position + _PREFETCH_ROWS))
-            if 0 <= row < rows:
-                _prefetch_begin(array + row * row_bytes, row_bytes)
-        row = np.int64(_load(indices, position))
-        if 0 <= row < rows:
-            into = _pointer(array + row * row_bytes, word)
-            of_row = _pointer(values + position * row_bytes, word)
-            if add:
-                for i in range(length):
-                    _store(into, i, _load(into, i) + _load(of_row, i))
-            else:
-                for i in range(length):
-                    _store(into, i, _load(of_row, i))
-
-
 _KERNELS = {
     "dense": (_dense_task, _dense_handler),
     "rows": (_rows_task, _rows_handler),
@@ -902,7 +902,7 @@ def handler(verb: str, storage: Storage) -> Any:
     if os.name != "posix":
         raise NotImplementedError("they need sched_yield, which is of POSIX")
     made: list[Any] = []
-    _cpu._uninterrupted(lambda: made.append(_compiled(verb, storage)))
+    _threads.run_uninterrupted(lambda: made.append(_compiled(verb, storage)))
     return made[0]
 
 
