@@ -14,9 +14,6 @@ import pytest
 
 from conftest import framework
 
-# The kernels are compiled once, by the worker that gets the group.
-pytestmark = pytest.mark.xdist_group("triton compiled")
-
 CAPABILITIES = (80, 90)
 
 

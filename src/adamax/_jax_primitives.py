@@ -113,8 +113,8 @@ def _registered(verb: str, storage: Storage) -> str | None:
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         warnings.warn(
             f"the kernels of adamax cannot be used by jax {jax.__version__} here "
-            f"({error}); step() takes the code that XLA makes of the rule instead, which "
-            f"is slower",
+            f"({error}); what XLA makes of the same operations is used instead, which is "
+            f"slower",
             RuntimeWarning,
             stacklevel=2,
         )

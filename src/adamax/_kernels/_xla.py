@@ -715,8 +715,12 @@ def _work_on_lookup(job, helping, word, number):
 
 
 @_inlined
-def _on_each_row(frame, word, add):
+def _change_rows(frame, word, add):
     """Put values into rows, or add them; in this thread, since it is soon done."""
+    if _is_question(frame):
+        return 0
+    if not _in_place(frame, 1):
+        return _error(frame, _INTERNAL, _not_in_place())
     array = _data(frame, _FRAME_ARGUMENTS, 0)
     indices = _pointer(_data(frame, _FRAME_ARGUMENTS, 1), np.int32(0))
     values = _data(frame, _FRAME_ARGUMENTS, 2)
@@ -738,6 +742,7 @@ def _on_each_row(frame, word, add):
             else:
                 for i in range(length):
                     _store(into, i, _load(of_row, i))
+    return 0
 
 
 @_handler_kernel
@@ -861,22 +866,12 @@ def _exact_lookup_handler(frame, task, word, number):
 
 @_handler_kernel
 def _put_handler(frame, task, word, number):
-    if _is_question(frame):
-        return 0
-    if not _in_place(frame, 1):
-        return _error(frame, _INTERNAL, _not_in_place())
-    _on_each_row(frame, word, False)
-    return 0
+    return _change_rows(frame, word, False)
 
 
 @_handler_kernel
 def _add_handler(frame, task, word, number):
-    if _is_question(frame):
-        return 0
-    if not _in_place(frame, 1):
-        return _error(frame, _INTERNAL, _not_in_place())
-    _on_each_row(frame, word, True)
-    return 0
+    return _change_rows(frame, word, True)
 
 
 _KERNELS = {
