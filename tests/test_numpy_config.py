@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_configurations_survive_json(hyperparameters):
     if callable(chosen.get("learning_rate")):
         chosen["learning_rate"] = Halving(0.5)
     config = Adamax(**chosen, name="mine").get_config()
-    again = Adamax.from_config(through_json(config))
+    again = Adamax.from_config(through_json(config), {"Halving": Halving})
     assert again.get_config() == config
     assert again.name == "mine"
     assert again.iterations == 0
@@ -220,7 +221,7 @@ def test_a_part_of_a_configuration_is_one_too():
 def test_from_config_leaves_its_argument_alone():
     config = Adamax(Halving(0.5)).get_config()
     before = through_json(config)
-    Adamax.from_config(config)
+    Adamax.from_config(config, {"Halving": Halving})
     assert config == before
 
 
@@ -234,7 +235,9 @@ def test_subclasses_make_their_own_kind():
 
 def test_steps_are_the_same_after_a_round_trip():
     original = Adamax(Halving(0.5), beta_1=0.8, beta_2=0.95, epsilon=1e-3, clipnorm=0.5)
-    again = Adamax.from_config(through_json(original.get_config()))
+    again = Adamax.from_config(
+        through_json(original.get_config()), {"Halving": Halving}
+    )
     first, second = np.ones(5), np.ones(5)
     for step in range(4):
         gradient = np.arange(5.0) - step
@@ -244,33 +247,101 @@ def test_steps_are_the_same_after_a_round_trip():
 
 
 @pytest.mark.parametrize("schedule", [Halving(0.5), Halving.Slowly(0.5, 0.75)])
-def test_schedules_are_found_by_module_and_name(schedule):
+def test_schedules_are_found_in_custom_objects(schedule):
     config = through_json(Adamax(schedule).get_config())
+    name = type(schedule).__qualname__
     assert config["learning_rate"] == {
         "module": __name__,
-        "class_name": type(schedule).__qualname__,
+        "class_name": name,
         "config": schedule.get_config(),
     }
-    found = Adamax.from_config(config).learning_rate
+    with pytest.raises(ValueError, match=rf"^'{name}' of .* is not a known learning rate"):
+        Adamax.from_config(config)
+    found = Adamax.from_config(config, custom_objects={name: type(schedule)}).learning_rate
     assert type(found) is type(schedule)
     assert found.get_config() == schedule.get_config()
 
 
-def test_schedules_are_found_in_custom_objects():
-    class Local(Halving):
-        pass
+def test_custom_objects_come_first(keras):
+    config = Adamax(keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5)).get_config()
+    config["learning_rate"]["config"] = Halving(0.5).get_config()
+    found = Adamax.from_config(config, {"ExponentialDecay": Halving}).learning_rate
+    assert type(found) is Halving
 
-    config = through_json(Adamax(Local(0.5)).get_config())
-    name = config["learning_rate"]["class_name"]
-    with pytest.raises(
-        ValueError, match=r"^the learning rate schedule .*Local' was not found"
-    ):
-        Adamax.from_config(config)
-    found = Adamax.from_config(config, custom_objects={name: Local}).learning_rate
-    assert type(found) is Local
-    # They come first.
-    known = through_json(Adamax(Halving(0.5)).get_config())
-    assert type(Adamax.from_config(known, {"Halving": Local}).learning_rate) is Local
+
+@pytest.mark.parametrize("custom", [Halving(0.5), len, "Halving", object])
+def test_custom_objects_must_be_classes_with_a_configuration(custom):
+    config = Adamax(Halving(0.5)).get_config()
+    with pytest.raises(ValueError, match=r"^custom_objects\['Halving'\] must be a class"):
+        Adamax.from_config(config, {"Halving": custom})
+
+
+@pytest.mark.parametrize("framework", ["keras", "tf_keras"])
+def test_schedules_of_users_are_found_if_keras_knows_them(framework, request):
+    base = request.getfixturevalue(framework).optimizers.schedules.LearningRateSchedule
+
+    class Own(base):
+        def __init__(self, start):
+            self.start = start
+
+        def __call__(self, step):
+            return self.start / (step + 1)
+
+        def get_config(self):
+            return {"start": self.start}
+
+    found = Adamax.from_config(through_json(Adamax(Own(0.5)).get_config())).learning_rate
+    assert type(found) is Own
+    assert found.start == 0.5
+
+
+def test_schedules_of_optax_are_found_by_name(optax):
+    entry = {
+        "module": "optax",
+        "class_name": "exponential_decay",
+        "config": {"init_value": 0.5, "transition_steps": 1, "decay_rate": 0.5},
+    }
+    found = Adamax.from_config({"learning_rate": entry}).learning_rate
+    assert [float(found(step)) for step in range(3)] == [0.5, 0.25, 0.125]
+    for name in ("apply_updates", "adam", "join_schedules", "exponential_decay.__call__"):
+        with pytest.raises(ValueError, match="is not a known learning rate schedule"):
+            Adamax.from_config({"learning_rate": {**entry, "class_name": name}})
+
+
+class Spy:
+    """A class that a program has loaded, and that is not a schedule."""
+
+    built: ClassVar[list] = []
+
+    @classmethod
+    def from_config(cls, config):
+        cls.built.append(config)
+        return lambda step: 0.1
+
+
+def test_a_configuration_builds_nothing_but_schedules():
+    entry = {"module": __name__, "class_name": "Spy", "config": {}}
+    with pytest.raises(ValueError, match="'Spy' of .* is not a known learning rate"):
+        Adamax.from_config({"learning_rate": entry})
+    assert not Spy.built
+
+
+@pytest.mark.parametrize("framework", ["keras", "tf_keras"])
+def test_a_configuration_runs_no_bytecode(framework, request, tmp_path):
+    """A Lambda layer's configuration holds marshalled code."""
+    layers = request.getfixturevalue(framework).layers
+    target = tmp_path / "ran"
+    lambda_layer = layers.Lambda(lambda x, path=str(target): open(path, "w"))  # noqa: SIM115
+    entry = {
+        "module": type(lambda_layer).__module__,
+        "class_name": "Lambda",
+        "config": lambda_layer.get_config(),
+    }
+    with pytest.raises(ValueError, match="'Lambda' of .* is not a known learning rate"):
+        Adamax.from_config({"learning_rate": entry}).apply_gradients(
+            [(np.ones(1), np.ones(1))]
+        )
+    assert not target.exists()
 
 
 def test_a_schedule_of_keras_survives_json(keras):
@@ -315,10 +386,12 @@ def test_a_wrong_entry_is_refused(entry, error, match):
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"class_name": "Missing"}, r"^the learning rate schedule 'Missing' was not found"),
-        ({"module": "no.such.module"}, r"was not found in 'no\.such\.module'; import that"),
-        ({"module": "json", "class_name": "dumps"}, r"'dumps' was not found in 'json'"),
-        ({"class_name": "Halving.start"}, r"'Halving\.start' was not found"),
+        ({"class_name": "Missing"}, r"^'Missing' of .* is not a known learning rate"),
+        ({"module": "no.such.module"}, r"of 'no\.such\.module' is not a known"),
+        ({"module": "json", "class_name": "dumps"}, r"^'dumps' of 'json' is not a known"),
+        ({"class_name": "Halving.start"}, r"^'Halving\.start' of "),
+        ({"class_name": ["Halving"]}, r"^learning_rate in config must have a name"),
+        ({"config": "Halving"}, r"^learning_rate in config must have a name"),
     ],
 )
 def test_a_schedule_that_is_not_found_is_refused(changed, match):
@@ -347,7 +420,7 @@ def test_modules_of_a_configuration_are_not_imported(run_python):
         try:
             adamax.Adamax.from_config({"learning_rate": entry})
         except ValueError as error:
-            assert "import that module first" in str(error)
+            assert "import the module" in str(error)
         assert "this" not in sys.modules
         """
     )

@@ -1,10 +1,30 @@
-"""Learning-rate schedules in a configuration that JSON can hold."""
+"""Learning-rate schedules in a configuration that JSON can hold.
+
+A configuration may come from anywhere, so it only ever selects among known schedules: the
+schedule classes of Keras and tf_keras and their subclasses, some functions of optax, and
+what the caller passes as ``custom_objects``. Nothing else is looked up, imported or called.
+"""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ._rule import LearningRate, learning_rate_at
+
+# Those whose arguments are numbers.
+_OF_OPTAX = (
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "cosine_onecycle_schedule",
+    "exponential_decay",
+    "linear_onecycle_schedule",
+    "linear_schedule",
+    "piecewise_constant_schedule",
+    "polynomial_schedule",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+)
 
 
 def schedule_to_config(learning_rate: LearningRate) -> float | dict[str, Any]:
@@ -30,7 +50,8 @@ def schedule_from_config(
 ) -> LearningRate:
     """The schedule that :func:`schedule_to_config` described.
 
-    Modules are not imported: a configuration may come from anywhere.
+    Raises:
+        ValueError: an incomplete entry, or a schedule that is not a known one.
     """
     missing = {"module", "class_name", "config"} - config.keys()
     if missing:
@@ -38,16 +59,38 @@ def schedule_from_config(
             f"learning_rate in config must have {', '.join(sorted(missing))}, "
             f"got {config!r}"
         )
-    module, name = config["module"], config["class_name"]
-    found: Any = custom_objects.get(name)
-    if found is None:
-        found = sys.modules.get(module)
-        for part in str(name).split("."):
-            found = getattr(found, part, None)
-    if not (isinstance(found, type) and hasattr(found, "from_config")):
+    module, name, arguments = config["module"], config["class_name"], config["config"]
+    if not (isinstance(name, str) and isinstance(arguments, Mapping)):
         raise ValueError(
-            f"the learning rate schedule {name!r} was not found in {module!r}; import that "
-            f"module first, or pass custom_objects={{{name!r}: ...}}"
+            f"learning_rate in config must have a name and a configuration, got {config!r}"
         )
-    schedule: LearningRate = found.from_config(config["config"])
-    return schedule
+    kind = custom_objects.get(name)
+    if kind is not None and not (isinstance(kind, type) and hasattr(kind, "from_config")):
+        raise ValueError(
+            f"custom_objects[{name!r}] must be a class with from_config(), got {kind!r}"
+        )
+    for known in _known_classes() if kind is None else ():
+        if (known.__module__, known.__qualname__) == (module, name):
+            kind = known
+    schedule: LearningRate
+    if kind is not None:
+        schedule = kind.from_config(dict(arguments))
+        return schedule
+    if module == "optax" and name in _OF_OPTAX and "optax" in sys.modules:
+        schedule = getattr(sys.modules["optax"], name)(**arguments)
+        return schedule
+    raise ValueError(
+        f"{name!r} of {module!r} is not a known learning rate schedule; import the module "
+        f"that defines a schedule of Keras, or pass custom_objects={{{name!r}: ...}}"
+    )
+
+
+def _known_classes() -> Iterator[Any]:
+    """The schedule classes of Keras and tf_keras that this program has imported."""
+    for framework in ("keras", "tf_keras"):
+        if framework in sys.modules:
+            pending = [sys.modules[framework].optimizers.schedules.LearningRateSchedule]
+            while pending:
+                kind = pending.pop()
+                yield kind
+                pending += kind.__subclasses__()

@@ -238,6 +238,29 @@ class Adamax(BackendOptimizer):
         }
 
     @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "Adamax":
+        """An optimizer with the configuration that :meth:`get_config` returned.
+
+        A configuration may come from anywhere: where it describes a learning rate, only a
+        ``keras.optimizers.schedules.LearningRateSchedule`` is built.
+
+        Args:
+            config: from :meth:`get_config`.
+            custom_objects: classes of learning-rate schedules by name, beside those that
+                are registered with Keras.
+
+        Raises:
+            ValueError: a learning rate that is described as anything but a schedule.
+        """
+        config = dict(config)
+        if isinstance(config.get("learning_rate"), dict):
+            config["learning_rate"] = _schedule(config["learning_rate"], custom_objects)
+        new: Adamax = super().from_config(config, custom_objects)
+        return new
+
+    @classmethod
     def from_keras(cls, optimizer: keras.optimizers.Adamax) -> "Adamax":
         """An optimizer that goes on where a ``keras.optimizers.Adamax`` stopped.
 
@@ -273,6 +296,22 @@ class Adamax(BackendOptimizer):
             for target, source in zip(new.variables, optimizer.variables, strict=True):
                 target.assign(source)
         return new
+
+
+def _schedule(config: dict[str, Any], custom_objects: Any) -> Any:
+    """The learning-rate schedule with this configuration."""
+    name, module = config.get("class_name"), config.get("module")
+    registered = config.get("registered_name") or name
+    schedules = keras.optimizers.schedules
+    kind = keras.saving.get_registered_object(registered, custom_objects)
+    if kind is None and module == "keras.optimizers.schedules":
+        kind = vars(schedules).get(name)
+    if not (isinstance(kind, type) and issubclass(kind, schedules.LearningRateSchedule)):
+        raise ValueError(
+            f"learning_rate in config must be a number or a schedule of Keras, of one "
+            f"registered with it or of one in custom_objects, got {name!r} of {module!r}"
+        )
+    return kind.from_config(dict(config.get("config") or {}))
 
 
 def _constant(hyperparameter: str, value: Any) -> float:

@@ -1,5 +1,6 @@
 """Dense steps on any back end: the rule, state, options of Keras, and errors."""
 
+import json
 import pickle
 import re
 
@@ -300,6 +301,47 @@ def test_pickling_keeps_the_configuration():
     again = pickle.loads(pickle.dumps(Adamax(0.1, beta_2=0.99, clipnorm=2.0)))
     assert again.get_config()["beta_2"] == 0.99
     assert again.get_config()["clipnorm"] == 2.0
+
+
+def test_a_schedule_survives_a_configuration():
+    @keras.saving.register_keras_serializable(package="mine")
+    class Own(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.5 / (keras.ops.cast(step, "float32") + 1)
+
+        def get_config(self):
+            return {}
+
+    class Unregistered(Own):
+        pass
+
+    for schedule in (keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5), Own()):
+        config = json.loads(json.dumps(Adamax(schedule).get_config()))
+        again = Adamax.from_config(config)
+        assert type(again._learning_rate) is type(schedule)
+        assert again.get_config() == config
+    config = Adamax(Unregistered()).get_config()
+    with pytest.raises(ValueError, match="^learning_rate in config must be a number or"):
+        Adamax.from_config(config)
+    name = config["learning_rate"]["registered_name"]
+    again = Adamax.from_config(config, {name: Unregistered})
+    assert type(again._learning_rate) is Unregistered
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}},
+        {"module": "keras.optimizers", "class_name": "Adam", "config": {}},
+        {"module": "keras.optimizers.schedules", "class_name": "math", "config": {}},
+        {"module": "builtins", "class_name": "function", "config": "relu"},
+        {"module": "json", "class_name": "JSONDecoder", "config": {}},
+    ],
+    ids=lambda entry: entry["class_name"],
+)
+def test_a_configuration_builds_nothing_but_schedules(entry):
+    with pytest.raises(ValueError, match="^learning_rate in config must be a number or"):
+        Adamax.from_config({"learning_rate": {**entry, "registered_name": None}})
 
 
 def test_training_with_callbacks_and_a_schedule(rng):
