@@ -516,29 +516,45 @@ def test_a_dense_gradient_needs_all_rows_to_be_up_to_date():
     assert_close(*results)
 
 
-def test_betas_and_eps_that_rows_cannot_be_brought_over():
+def test_an_eps_that_rows_cannot_be_brought_over():
     model = Model(True)
     optimizer = exact(model)
     (group,) = optimizer.param_groups
-    for name, value in (("eps", 1e-3), ("betas", (0.95, 0.999))):
-        train(model, optimizer, 5)
-        was = group[name]
-        group[name] = value
-        before = contents(optimizer)
-        model(torch.tensor([1])).backward()
-        with pytest.raises(
-            RuntimeError, match=r"^rows of parameter 'table.weight' are .*\(0"
-        ):
-            optimizer.step()
-        assert_same_contents(optimizer, before)
-        optimizer.flush()
-        train(model, optimizer, 3, start=5)
-        optimizer.flush()
-        group[name] = was
+    train(model, optimizer, 5)
+    group["eps"] = 1e-3
+    before = contents(optimizer)
+    model(torch.tensor([1])).backward()
+    expected = r"^rows of parameter 'table.weight' are .* under one of 0.001: call flush"
+    with pytest.raises(RuntimeError, match=expected):
+        optimizer.step()
+    assert_same_contents(optimizer, before)
+    optimizer.flush()
+    train(model, optimizer, 3, start=5)
     group["betas"] = (0.9, 0.5)
     model(torch.tensor([1])).backward()
     with pytest.raises(ValueError, match=r"got betas\[0\]=0.9 and betas\[1\]=0.5"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("longest", [7, 65536])
+@pytest.mark.parametrize("flush", [False, True])
+def test_betas_that_fall_and_rise(flush, longest, monkeypatch):
+    """As OneCycleLR has them by default, with a history of any length."""
+    monkeypatch.setattr("adamax._deferred._FEWEST_STEPS", longest)
+    results = []
+    for sparse in (True, False):
+        model = Model(sparse)
+        optimizer = (exact if sparse else dense)(model)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=60)
+        for step in range(60):
+            train(model, optimizer, 1, start=step)
+            schedule.step()
+            if sparse and flush and step % 25 == 20:
+                optimizer.flush()
+        if sparse:
+            optimizer.flush()
+        results.append(contents(optimizer))
+    assert_close(*results)
 
 
 def test_a_group_may_become_lazy_when_no_row_is_behind():

@@ -330,7 +330,7 @@ class RowsUpdate(Update):
     def launch(self, step: Scalars) -> None:
         deferred = self.variable.deferred
         if deferred is not None:
-            if deferred.must_flush:
+            if deferred.must_flush(*step.betas):
                 self.variable.flush(step.threads)
             deferred.record(step.step_size, step.decay, *step.betas)
             deferred.stamp(self.table_groups)

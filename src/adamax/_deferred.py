@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ._exact import History
+from ._exact import Expansion, History
 from ._kernels import Int64Array, Storage, kernels, state_dtype
 
 # After how many steps all rows are brought up to date, so that the history can begin anew:
@@ -71,10 +71,11 @@ class DeferredRows:
         """Whether there have been steps since all rows were up to date."""
         return self._history.steps > 0
 
-    @property
-    def must_flush(self) -> bool:
-        """Whether all rows must be brought up to date before the next step."""
-        return self._history.is_full
+    def must_flush(self, beta_1: float, beta_2: float) -> bool:
+        """Whether all rows must be brought up to date before a step with these betas."""
+        return self._history.is_full or (
+            self.may_be_behind and not self._history.takes(beta_1, beta_2)
+        )
 
     @property
     def stamps(self) -> int:
@@ -86,22 +87,20 @@ class DeferredRows:
     def check_settings(
         self, beta_1: float, beta_2: float, epsilon: float, name: str, flush: str
     ) -> None:
-        """Raise unless a step with these can be recorded.
+        """Raise unless a step with these can be recorded, if need be after a flush.
 
         ``name`` is that of the table, ``flush`` what brings its rows up to date.
         """
-        if (beta_1, beta_2) == self._history.betas and epsilon == self.epsilon:
-            return
-        if not self.may_be_behind:
-            self._history = self._new_history(beta_1, beta_2)
+        if (beta_1, beta_2) != self._history.betas:
+            Expansion.of(beta_1, beta_2, self._history.dtype)
+        if epsilon != self.epsilon:
+            if self.may_be_behind:
+                raise RuntimeError(
+                    f"rows of {name} are behind, with steps under an epsilon of "
+                    f"{self.epsilon}, and cannot be brought up to date over a step under "
+                    f"one of {epsilon}: call {flush} first"
+                )
             self.epsilon = epsilon
-        elif epsilon != self.epsilon or not self._history.takes(beta_1, beta_2):
-            was = (*self._history.betas, self.epsilon)
-            raise RuntimeError(
-                f"rows of {name} are behind, with steps under beta_1, beta_2 and epsilon "
-                f"of {was}, and cannot be brought up to date over a step under "
-                f"{(beta_1, beta_2, epsilon)}: call {flush} first"
-            )
 
     def check_current(self, groups: object, name: str, lookup: str, flush: str) -> None:
         """Raise if one of the rows in ``groups``, which have a gradient, is behind.
@@ -134,7 +133,12 @@ class DeferredRows:
             )
 
     def record(self, step_size: float, decay: float, beta_1: float, beta_2: float) -> None:
-        """Take note of a step: all rows are then behind, or further behind."""
+        """Take note of a step: all rows are then behind, or further behind.
+
+        :meth:`must_flush` has said that it can be.
+        """
+        if not self.may_be_behind and self._history.betas != (beta_1, beta_2):
+            self._history = self._new_history(beta_1, beta_2)
         self._history.record(step_size, decay, beta_1, beta_2)
         self._now += 1
 

@@ -148,13 +148,13 @@ class ExactRowsOnDevice:
     def __call__(self) -> None:
         deferred, options = self.deferred, self.launch.options
         hyperparameters, lr = options.hyperparameters, options.lr_number
-        if deferred.must_flush:
+        betas = hyperparameters.beta_1, hyperparameters.beta_2
+        if deferred.must_flush(*betas):
             self.flush()
         deferred.record(
             _rule.step_size(lr, hyperparameters.beta_1, self.count),
             _rule.decay_factor(lr, options.decay),
-            hyperparameters.beta_1,
-            hyperparameters.beta_2,
+            *betas,
         )
         with cuda.DEVICE.current(deferred.device):
             deferred.stamp(self.launch.ids)

@@ -392,14 +392,12 @@ class RowsLaunch:
         tensors = (param, exp_avg, exp_inf, self.rows.values)
         factors = _factors(_Counters(steps), self.options, self.scale)[0]
         if self.deferred is not None and self.flush is not None:
-            if self.deferred.must_flush:
-                self.flush()
             hyperparameters = self.options.hyperparameters
+            betas = hyperparameters.beta_1, hyperparameters.beta_2
+            if self.deferred.must_flush(*betas):
+                self.flush()
             self.deferred.record(
-                float(factors[Factor.STEP_SIZE]),
-                float(factors[Factor.DECAY]),
-                hyperparameters.beta_1,
-                hyperparameters.beta_2,
+                float(factors[Factor.STEP_SIZE]), float(factors[Factor.DECAY]), *betas
             )
             self.deferred.stamp(self.groups)
         kernels().rows_step(
