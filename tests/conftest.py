@@ -5,23 +5,24 @@ one skips its tests, unless ``ADAMAX_REQUIRE_FRAMEWORKS=1`` says that it must be
 """
 
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import hypothesis
-import numpy as np
 import pytest
 
+import numpy as np
+
 # Tests import oracle, cases and the like by their plain names.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from frameworks import framework
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -40,18 +41,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
-
-
-def framework(name: str) -> ModuleType:
-    """Import a framework; skip the test without it, or fail where it is required."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, at import
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            if os.environ.get("ADAMAX_REQUIRE_FRAMEWORKS") == "1":
-                pytest.fail(f"{name} is required and cannot be imported: {error}")
-            pytest.skip(f"{name} cannot be imported: {error}")
 
 
 def _framework_fixture(name: str) -> Callable[[], ModuleType]:
@@ -85,16 +74,18 @@ def use_threads() -> Iterator[Callable[[int], None]]:
     adamax.set_num_threads(before)
 
 
-def load_example(path: Path) -> ModuleType:
-    """An example as a module; those beside it can be imported meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path.parent)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each word is followed by one of two, so the last word tells much about the next."""
+    rng = np.random.default_rng(3)
+    number, words = 0, []
+    for _ in range(6000):
+        number = (2 * number + rng.integers(1, 3)) % 60
+        words.append(f"w{'abcdefghij'[number // 10]}{'abcdefghij'[number % 10]}")
+    paragraphs = [" ".join(words[start : start + 30]) for start in range(0, 6000, 30)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
 
 
 RunPython = Callable[..., str]

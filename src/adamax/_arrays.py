@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 from ._deferred import DeferredRows
 from ._kernels import Factor, Float64Array, Int64Array, Storage, kernels, state_dtype

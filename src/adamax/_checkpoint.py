@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal, Protocol, Self
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 from ._kernels._memory import zeros_beside
 

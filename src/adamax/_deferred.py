@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 from ._exact import Expansion, History
 from ._kernels import Int64Array, Storage, kernels, state_dtype

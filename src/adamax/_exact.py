@@ -35,8 +35,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -12,8 +12,9 @@ import functools
 import math
 from typing import Any, NamedTuple, NoReturn
 
-import jax
 import jax.numpy as jnp
+
+import jax
 import numpy as np
 
 from ._exact import Expansion

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.extend.core
 import jax.numpy as jnp
+
+import jax
 
 from ._jax_exact import is_current
 from ._jax_rows import IndexedSlices, PyTree, known_rows

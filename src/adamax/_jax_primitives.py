@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.extend.core
 import jax.ffi
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+
+import jax
 
 from ._kernels import Storage
 

@@ -4,8 +4,9 @@ import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-import jax
 import jax.numpy as jnp
+
+import jax
 import numpy as np
 
 from ._jax_primitives import primitive

@@ -5,8 +5,9 @@ The pass is a primitive each for whole arrays and for rows; see ``_jax_primitive
 
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
+
+import jax
 import numpy as np
 
 from ._jax_primitives import primitive

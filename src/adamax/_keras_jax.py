@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import keras
 from jax.experimental.sparse import JAXSparse
+
+import keras
 
 from ._jax_step import step_array
 from ._keras_rule import step_size

@@ -10,8 +10,9 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
+
+import keras
 
 from ._keras_rule import step_size, stepped
 from ._rule import decay_factor

@@ -17,10 +17,11 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
+from torch.autograd.graph import increment_version
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ._kernels import Int64Array
 from ._kernels._memory import Ranges

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.autograd.graph import increment_version
+
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import _rule
 from . import _torch_cuda as cuda

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
+
+import torch
+from torch import Tensor, nn
 
 from ._deferred import DeferredRows
 from ._exact import Expansion

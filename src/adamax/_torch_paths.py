@@ -12,10 +12,11 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from torch.autograd.graph import increment_version
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import _rule
 from ._deferred import DeferredRows

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import optax
+
+import jax
 
 from ._exact import Expansion
 from ._jax_exact import CurrentTable, Deferred, init_deferred, is_current

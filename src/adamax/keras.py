@@ -311,7 +311,8 @@ def _schedule(config: dict[str, Any], custom_objects: Any) -> Any:
             f"learning_rate in config must be a number or a schedule of Keras, of one "
             f"registered with it or of one in custom_objects, got {name!r} of {module!r}"
         )
-    return kind.from_config(dict(config.get("config") or {}))
+    known: Any = kind
+    return known.from_config(dict(config.get("config") or {}))
 
 
 def _constant(hyperparameter: str, value: Any) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 from . import _rule
 from ._arrays import (

@@ -12,8 +12,6 @@ from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -22,6 +20,9 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+
+import torch
+from torch import Tensor
 
 from ._kernels._memory import LARGE, zeros_beside
 from ._rule import Hyperparameters

@@ -58,9 +58,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
+import numpy as np
 from adamax._exact import History
 from adamax._rule import Coefficients
 

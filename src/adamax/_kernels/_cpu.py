@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+import numpy as np
 from adamax._exact import History
 from adamax._rule import Coefficients
 

@@ -4,8 +4,9 @@ import math
 from bisect import bisect_right
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
+
+import numpy as np
 
 from . import Int64Array
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+import numpy as np
 from adamax._exact import History
 from adamax._rule import Coefficients
 

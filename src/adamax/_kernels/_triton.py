@@ -27,12 +27,12 @@ import math
 import struct
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+import torch
 from adamax._rule import Coefficients
+from torch import Tensor
 
 from . import Storage
 

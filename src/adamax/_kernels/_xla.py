@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+import numpy as np
 
 from . import Storage, _cpu, _threads
 from ._cpu import (

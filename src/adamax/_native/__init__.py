@@ -1,0 +1,1 @@
+"""The native core: the verbs for the CPU, in C++, as the extension module ``verbs``."""
