@@ -1,10 +1,10 @@
 """Adamax, dense and sparse, at the speed of memory.
 
 ``adamax.Adamax`` updates NumPy arrays in place. Importing this package imports no
-framework and compiles nothing.
+framework.
 """
 
-from ._kernels import get_num_threads, set_num_threads
+from ._core.threads import get_num_threads, set_num_threads
 from .numpy import Adamax, IndexedSlices
 
 __all__ = ["Adamax", "IndexedSlices", "get_num_threads", "set_num_threads"]

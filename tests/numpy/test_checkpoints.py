@@ -236,8 +236,8 @@ def test_build_keeps_state():
 
 
 def test_build_starts_from_zeros():
-    optimizer = Adamax()
-    optimizer.build(iter([np.ones(2), np.ones(())]))
+    optimizer, parameters = Adamax(), [np.ones(2), np.ones(())]
+    optimizer.build(iter(parameters))
     state = optimizer.state_dict()
     assert list(state) == ["iterations", "0.m", "0.u", "1.m", "1.u"]
     assert not any(entry.any() for entry in state.values())
@@ -291,7 +291,7 @@ UNFIT = {
     "negative iterations": (
         {"iterations": -1},
         ValueError,
-        r"^state_dict\['iterations'\] must not be negative, got -1$",
+        r"^state_dict\['iterations'\] must be in \[0, 2\*\*53\), got -1$",
     ),
     "iterations that are a float": (
         {"iterations": 7.0},
@@ -617,8 +617,9 @@ def test_a_copy_is_independent():
     assert other.iterations == 2
     # The copy knows its own array, and not the first one's.
     assert list(other.state_dict()) == ["iterations", "0.m", "0.u"]
-    other.apply_gradients([(np.ones(3), w)])
-    assert list(other.state_dict())[-1] == "1.u"
+    with pytest.raises(ValueError, match=r"^this optimizer is a copy, .* of shape \(3,\)"):
+        other.apply_gradients([(np.ones(3), w)])
+    assert other.iterations == 2
 
 
 def test_a_pickle_keeps_configuration_and_name():
@@ -754,8 +755,8 @@ def test_a_read_only_memmap_is_refused(tmp_path):
         Adamax().apply_gradients([(np.ones(4), table)])
 
 
-def test_state_on_disk_takes_up_what_was_touched(tmp_path):
-    """Files of a large table are sparse where the file system can have it."""
+def test_state_on_disk_has_its_room(tmp_path):
+    """Else a full disk would kill the process when it writes to the memory."""
     table = np.zeros((1_000_000, 8), np.float32)
     optimizer = Adamax(state_dir=tmp_path)
     optimizer.apply_gradients([(IndexedSlices(np.ones((1, 8)), [5]), table)])
@@ -763,7 +764,7 @@ def test_state_on_disk_takes_up_what_was_touched(tmp_path):
     assert size.st_size > 32_000_000
     if not hasattr(size, "st_blocks"):
         pytest.skip("this file system does not say how much a file takes up")
-    assert size.st_blocks * 512 < 1_000_000
+    assert size.st_blocks * 512 >= 32_000_000
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

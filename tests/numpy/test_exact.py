@@ -12,11 +12,12 @@ from compare import assert_same_bits, assert_same_contents, contents
 from exact_cases import EPSILON, FLOAT64, Dense, drawn
 from numpy_cases import LAYOUTS
 
-import adamax._deferred
+import adamax._core.stale
 import numpy as np
 import oracle
 from adamax import Adamax, IndexedSlices
-from adamax._kernels import kernels
+from adamax._core.exact import STEPS, History
+from adamax._core.kernels import kernels
 
 
 def options(run):
@@ -29,11 +30,11 @@ def options(run):
     }
 
 
-def train(optimizer, table, steps, start=0, rows=2, look=True):
+def train(optimizer, table, steps, start=0, rows=2, look=True, among=None):
     """Steps with a few rows each; which rows and gradients depends on the number only."""
     for step in range(start, start + steps):
         rng = np.random.default_rng(step)
-        ids = rng.integers(len(table), size=rows)
+        ids = rng.integers(among or len(table), size=rows)
         if look:
             optimizer.lookup(table, ids)
         g = rng.normal(size=(rows, *table.shape[1:])).astype(table.dtype)
@@ -221,21 +222,21 @@ def test_a_lookup_is_a_copy_of_the_rows(rng, mode, shape):
 def test_a_lookup_writes_to_the_rows_that_are_read_and_no_others(rng):
     optimizer, table = new()
     train(optimizer, table, 20)
-    before = contents_behind(optimizer, table)
+    before = contents_stale(optimizer, table)
     optimizer.lookup(table, [3, 4, 3])
-    after = contents_behind(optimizer, table)
+    after = contents_stale(optimizer, table)
     rest = np.setdiff1d(np.arange(50), [3, 4])
     for name in before:
         assert_same_bits(after[name][rest], before[name][rest], name)
     optimizer.lookup(table, [3, 4])
-    for name, array in contents_behind(optimizer, table).items():
+    for name, array in contents_stale(optimizer, table).items():
         assert_same_bits(array, after[name], name)
 
 
-def contents_behind(optimizer, table):
-    """What state_dict() would bring up to date."""
-    state = optimizer._state()
-    return {"w": table.copy(), "m": state["0.m"].copy(), "u": state["0.u"].copy()}
+def contents_stale(optimizer, table):
+    """What state_dict() would catch up first."""
+    parameter, *_ = optimizer._parameters
+    return {"w": table.copy(), "m": parameter.m.copy(), "u": parameter.u.copy()}
 
 
 @pytest.mark.parametrize(
@@ -250,10 +251,10 @@ def contents_behind(optimizer, table):
 def test_wrong_ids_are_refused(ids, error, expected):
     optimizer, table = new()
     train(optimizer, table, 3)
-    before = contents_behind(optimizer, table)
+    before = contents_stale(optimizer, table)
     with pytest.raises(error, match=expected):
         optimizer.lookup(table, ids)
-    for name, array in contents_behind(optimizer, table).items():
+    for name, array in contents_stale(optimizer, table).items():
         assert_same_bits(array, before[name], name)
 
 
@@ -293,34 +294,33 @@ def test_tables_may_lie_in_memory_as_they_like(tmp_path, layout, dtype):
         )
 
 
-# --- What was not up to date --------------------------------------------------------------
+# --- Stale rows -------------------------------------------------------------------------
 
 
-def test_a_gradient_for_a_row_that_was_behind_is_refused():
+def test_a_gradient_for_a_row_that_was_stale_is_refused():
     optimizer, table = new()
     bias = np.ones(2)
     train(optimizer, table, 10)
-    before = contents_behind(optimizer, table)
+    before = contents_stale(optimizer, table)
     optimizer.lookup(table, [4, 5])
-    looked_up = contents_behind(optimizer, table)
+    looked_up = contents_stale(optimizer, table)
     g = IndexedSlices(np.ones((3, 3), np.float32), [4, 17, 5])
     expected = re.escape(
-        "row 17 of parameter '0' has a gradient, but was not up to date when it was read: "
-        "call lookup(table, ids) for the rows of a batch before they are read, or "
-        "flush(table) to bring all rows up to date"
+        "row 17 of parameter '0' has a gradient, but was stale when it was read: "
+        "call lookup(table, ids) before rows are read, or flush() to catch up all rows"
     )
     with pytest.raises(RuntimeError, match=f"^{expected}$"):
         optimizer.apply_gradients([(np.ones(2), bias), (g, table)])
     assert optimizer.iterations == 10
     assert (bias == 1).all()
-    for name, array in contents_behind(optimizer, table).items():
+    for name, array in contents_stale(optimizer, table).items():
         assert_same_bits(array, looked_up[name], name)
         assert_same_bits(array[17], before[name][17], name)
     optimizer.flush(table)
     optimizer.apply_gradients([(g, table)])
 
 
-def test_a_row_that_was_read_but_got_no_gradient_in_the_next_step_is_behind():
+def test_a_row_that_was_read_but_got_no_gradient_in_the_next_step_is_stale():
     optimizer, table = new()
     train(optimizer, table, 10)
     optimizer.lookup(table, [4, 5])
@@ -351,18 +351,18 @@ def test_a_dense_gradient_needs_all_rows_to_be_up_to_date(rng):
 
     for kind in ("dense", "dense", "sparse", "sparse", "dense", "sparse", "dense"):
         step(kind)
-    step("dense", flush=False)  # nothing is behind after a dense step
+    step("dense", flush=False)  # nothing is stale after a dense step
     step("sparse")
-    before = contents_behind(exact, table)
-    with pytest.raises(RuntimeError, match=r"^parameter '0' has a dense .* flush\(table\)"):
+    before = contents_stale(exact, table)
+    with pytest.raises(RuntimeError, match=r"^parameter '0' has a dense .* flush\(\)"):
         exact.apply_gradients([(np.ones((6, 2)), table)])
-    for name, array in contents_behind(exact, table).items():
+    for name, array in contents_stale(exact, table).items():
         assert_same_bits(array, before[name], name)
     exact.flush()
     np.testing.assert_allclose(table, other, rtol=1e-12, atol=1e-14)
 
 
-def test_lazy_mode_knows_no_rows_that_are_behind(rng):
+def test_lazy_mode_knows_no_stale_rows(rng):
     """The same program runs in both modes."""
     plain, table = Adamax(0.01), values(rng, (50, 3), "float32")
     looking, other = Adamax(0.01), table.copy()
@@ -375,29 +375,31 @@ def test_lazy_mode_knows_no_rows_that_are_behind(rng):
 # --- The history --------------------------------------------------------------------------
 
 
-def test_the_history_begins_anew_when_it_is_full(monkeypatch):
-    expected, other = new(dtype="float64", weight_decay=0.1)
-    train(expected, other, 100)
-    monkeypatch.setattr(adamax._deferred, "_FEWEST_STEPS", 7)
-    optimizer, table = new(dtype="float64", weight_decay=0.1)
-    train(optimizer, table, 100)
-    deferred = next(iter(optimizer._variables.values())).deferred
-    assert len(deferred._history.sums) == 8
-    expected.flush()
-    optimizer.flush()
-    np.testing.assert_allclose(table, other, rtol=1e-12, atol=1e-14)
+def test_the_history_is_a_ring(monkeypatch):
+    """Rows that nobody touches take their turn, so that it never has to go back further."""
+    results = []
+    for entries in (1 << 12, 1):
+        monkeypatch.setattr(adamax._core.stale, "entries_of", lambda *_, n=entries: n)
+        optimizer, table = new(dtype="float64", weight_decay=0.1, beta_1=0.5, beta_2=0.99)
+        train(optimizer, table, 2000, among=10)
+        (parameter,) = optimizer._parameters
+        history = parameter.stale.history
+        assert history.entries == max(entries, 256)
+        gaps = history.steps - parameter.stale.stamps
+        assert gaps.max() > 1900 if entries > 2000 else gaps.max() <= 128
+        optimizer.flush()
+        results.append(table.copy())
+    np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-14)
 
 
-def test_the_history_is_small_beside_the_table():
-    from adamax._deferred import DeferredRows
-    from adamax._kernels import Storage
-
-    for rows, width in ((1000, 8), (10**7, 64), (10**8, 64)):
-        history = DeferredRows(Storage.FLOAT32, 1, 1, 0.9, 0.999, EPSILON)
-        history.rows, history.row_length = rows, width
-        made = history._new_history(0.9, 0.999)
-        size = made.sums.nbytes + made.products.nbytes
-        assert size <= max(6e6, 12 * rows * width / 400)
+@pytest.mark.parametrize(("rows", "width"), [(1000, 8), (10**7, 64), (10**8, 64)])
+def test_the_history_is_small_beside_the_table(rows, width):
+    entries = adamax._core.stale.entries_of(rows, width)
+    made = History(0.9, 0.999, "float32", entries)
+    size = made.sums.nbytes + made.products.nbytes
+    assert size <= max(6e6, 12 * rows * width / 400)
+    in_turn = -(-rows // (made.entries // 2))
+    assert in_turn * width <= 13_000
 
 
 def test_stamps_may_come_round():
@@ -407,9 +409,10 @@ def test_stamps_may_come_round():
         optimizer, table = new()
         train(optimizer, table, 1)
         optimizer.flush()
-        deferred = next(iter(optimizer._variables.values())).deferred
-        deferred._now += start
-        deferred._stamps += np.uint32(start)
+        (parameter,) = optimizer._parameters
+        parameter.stale.history.clock[STEPS] += start
+        parameter.stale.history.restart()
+        parameter.stale.stamps += np.uint32(start)
         train(optimizer, table, 50, start=1)
         optimizer.flush()
         results.append(contents(optimizer, [table]))
@@ -422,8 +425,8 @@ def test_an_interrupted_flush_can_be_repeated(monkeypatch):
     train(expected, other, 30)
     train(optimizer, table, 30)
     expected.flush()
-    monkeypatch.setattr(adamax._deferred, "_ELEMENTS_AT_ONCE", 30)
-    catch_up, calls = kernels().catch_up_table, []
+    monkeypatch.setattr(adamax._core.stale, "_ELEMENTS_AT_ONCE", 30)
+    catch_up, calls = kernels().catch_up_range, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -432,7 +435,7 @@ def test_an_interrupted_flush_can_be_repeated(monkeypatch):
         return catch_up(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels(), "catch_up_table", interrupted)
+        patch.setattr(kernels(), "catch_up_range", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.flush()
     assert (table != other).any()
@@ -460,20 +463,20 @@ def test_a_long_flush_shows_a_bar(monkeypatch):
             self.left -= rows
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    monkeypatch.setattr(adamax._deferred, "_ELEMENTS_WORTH_A_BAR", 100)
-    monkeypatch.setattr(adamax._deferred, "_ELEMENTS_AT_ONCE", 30)
+    monkeypatch.setattr(adamax._core.stale, "_ELEMENTS_WORTH_A_BAR", 100)
+    monkeypatch.setattr(adamax._core.stale, "_ELEMENTS_AT_ONCE", 30)
     optimizer, table = new()
     train(optimizer, table, 3)
     optimizer.flush()
     optimizer.flush()  # nothing to do
     ((bar, text),) = bars
-    assert text == "bringing parameter '0' up to date"
+    assert text == "flushing parameter '0'"
     assert bar.left == 0
 
 
 def test_without_tqdm_a_long_flush_shows_nothing(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    monkeypatch.setattr(adamax._deferred, "_ELEMENTS_WORTH_A_BAR", 100)
+    monkeypatch.setattr(adamax._core.stale, "_ELEMENTS_WORTH_A_BAR", 100)
     expected, other = new()
     optimizer, table = new()
     for each, array in ((expected, other), (optimizer, table)):
@@ -576,18 +579,16 @@ def test_a_checkpoint_is_that_of_the_dense_rule(rng):
     assert np.abs(table - expected.w).max() <= FLOAT64 * np.abs(expected.w).max()
 
 
-def test_state_is_not_loaded_over_rows_that_are_behind(tmp_path):
+def test_state_is_not_loaded_over_stale_rows(tmp_path):
     optimizer, table = new()
     optimizer.build([table])
     optimizer.save(tmp_path / "first")
     train(optimizer, table, 3)
-    before = contents_behind(optimizer, table)
-    with pytest.raises(
-        RuntimeError, match=r"^rows of parameter '0' are behind: call flush"
-    ):
+    before = contents_stale(optimizer, table)
+    with pytest.raises(RuntimeError, match=r"^rows of parameter '0' are stale: call flush"):
         optimizer.load(tmp_path / "first")
     assert optimizer.iterations == 3
-    for name, array in contents_behind(optimizer, table).items():
+    for name, array in contents_stale(optimizer, table).items():
         assert_same_bits(array, before[name], name)
     optimizer.flush()
     optimizer.load(tmp_path / "first")

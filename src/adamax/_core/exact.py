@@ -53,8 +53,8 @@ _LONGEST_WINDOW = 1 << 15
 # The columns of ``History.products``: mantissas, then the exponents of 2.
 DECAY, BETA_1, BETA_2 = range(3)
 _FACTORS = 3
-# The entries of ``History.clock``; the last steps with a factor of 0 follow.
-STEPS, WINDOW, LAST_ZERO = range(3)
+# The entries of ``History.clock``; there are three last steps with a factor of 0.
+STEPS, WINDOW, START, LAST_ZERO = range(4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,8 +161,9 @@ class History:
         products: ``(entries, 6)``, the products of all decay factors, ``beta_1`` and
             ``beta_2`` since the beginning, as mantissas and exponents of 2, since over
             millions of steps they leave the range of float64.
-        clock: ``(5,)``, the number of the last step, the window, and the last steps whose
-            decay factor, ``beta_1`` and ``beta_2`` were 0, which products leave out.
+        clock: ``(6,)``, the number of the last step, the window, the step with which all
+            rows were last up to date, and the last steps whose decay factor, ``beta_1``
+            and ``beta_2`` were 0, which products leave out.
 
     Args:
         beta_1: of the next step.
@@ -183,21 +184,31 @@ class History:
         # Zeros take up memory only where steps have been recorded.
         self.sums: Float64Array = np.zeros((entries, expansion.terms))
         self.products: Float64Array = np.zeros((entries, 2 * _FACTORS))
-        self.clock: Int64Array = np.array([0, expansion.window, 0, 0, 0])
+        self.clock: Int64Array = np.zeros(6, np.int64)
         self._restart(beta_1, beta_2)
 
-    def _restart(self, beta_1: float, beta_2: float) -> None:
+    def restart(self) -> None:
         """Begin anew at the present step, with which all rows are up to date."""
-        self._start = self._same_betas_since = self.steps
-        self.products[self.steps & (self.entries - 1)] = [1, 1, 1, 0, 0, 0]
+        self._restart(*self._betas)
+
+    def _restart(self, beta_1: float, beta_2: float) -> None:
         self._betas = beta_1, beta_2
         self._extremes = beta_1, beta_2  # the largest beta_1 and the smallest beta_2
         self._weights: Float64Array | None = None
+        self._same_betas_since = self.steps
+        self.products[self.steps & (self.entries - 1)] = [1, 1, 1, 0, 0, 0]
+        self.clock[WINDOW] = Expansion.of(beta_1, beta_2, self.dtype).window
+        self.clock[START] = self.steps
 
     @property
     def steps(self) -> int:
         """The number of the last step that was recorded."""
         return int(self.clock[STEPS])
+
+    @property
+    def start(self) -> int:
+        """The step with which all rows were last up to date."""
+        return int(self.clock[START])
 
     @property
     def window(self) -> int:
@@ -257,7 +268,7 @@ class History:
             products[column] = mantissa
             products[column + _FACTORS] += exponent
 
-        entries = np.arange(max(self._start, now - window), now)
+        entries = np.arange(max(self.start, now - window), now)
         sums = np.zeros((len(entries) + 1, self.terms))
         changing = sums[:-1]
         changing[:] = self.sums[entries & last]
@@ -302,7 +313,7 @@ class History:
         terms = max(self.terms, expansion.terms)
         if (entries, terms) == self.sums.shape:
             return
-        live = np.arange(max(self._start, self.steps - self.entries + 1), self.steps + 1)
+        live = np.arange(max(self.start, self.steps - self.entries + 1), self.steps + 1)
         old, new = live & (self.entries - 1), live & (entries - 1)
         sums, products = np.zeros((entries, terms)), np.zeros((entries, 2 * _FACTORS))
         sums[new, : self.terms] = self.sums[old]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 import numpy as np
 
-from .exact import STEPS, Recorded, commit, gaps
+from .exact import START, STEPS, Recorded, commit, gaps
 from .kernels import OPERANDS, Float64Array
 from .rule import Scalar, clip_factor, rounded
 
@@ -242,7 +242,7 @@ class _Table:
             raise _Stopped(("history", self.where, -1, 0))
         steps = int(clock[STEPS])
         behind = (np.uint32(steps % 2**32) - stamps[rows]).astype(np.int64)
-        wrong = rows[behind > min(steps, len(sums) - 1)]
+        wrong = rows[behind > min(steps - int(clock[START]), len(sums) - 1)]
         if wrong.size:
             raise _Stopped(("history", self.where, int(wrong[0]), 0))
         rows, behind = rows[behind > 0], behind[behind > 0]
@@ -311,16 +311,9 @@ class _RowsPart:
         return _norm(_summed(self.values, self.group, len(self.rows)))
 
     def update(self, scalars: Float64Array) -> None:
-        number, scale = self.table.w.number, scalars[Scalar.SCALE]
         sums = _summed(self.values, self.group, len(self.rows))
-        repeated = np.bincount(self.group, minlength=len(self.rows)) > 1
-        wide = repeated | (self.values.dtype == "float64")
-        columns = (slice(None), *(None,) * (sums.ndim - 1))
-        g = np.where(
-            wide[columns],
-            _scaled(sums, scale, number, True),
-            _scaled(sums, scale, number, False),
-        )
+        wide = self.values.dtype == "float64"
+        g = _scaled(sums, scalars[Scalar.SCALE], self.table.w.number, wide)
         self.table.stepped(g, scalars, self.rows)
         if self.exact is not None:
             self._take_note(scalars)
@@ -332,7 +325,7 @@ class _RowsPart:
         stamps[self.rows] = np.uint32((steps + 1) % 2**32)
         # Rows in their turn, so that none is ever more stale than the history goes back.
         number = -(-len(stamps) // cycle)
-        start = steps % cycle * number
+        start = (steps - int(clock[START])) % cycle * number
         turn = np.arange(start, min(start + number, len(stamps)))
         turn = turn[(np.uint32(steps % 2**32) - stamps[turn]).view(np.int32) > 0]
         history = sums, products, clock

@@ -29,7 +29,7 @@ from .kernels import Problem
 # and little work for the rows that take their turn in a step.
 _ELEMENTS_OF_AN_ENTRY = 64
 _USUAL_ENTRIES = 1 << 16
-_ELEMENTS_OF_AN_ENTRY_IN_LARGE_TABLES = 4096
+_ELEMENTS_OF_AN_ENTRY_IN_LARGE_TABLES = 8192
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _ELEMENTS_WORTH_A_BAR = 1 << 26
@@ -97,7 +97,6 @@ class StaleRows:
         self.row_length = row_length
         self.epsilon = epsilon
         self.history = History(beta_1, beta_2, dtype, entries_of(len(stamps), row_length))
-        self._flushed = 0  # the step with which all rows were up to date
 
     @property
     def rows(self) -> int:
@@ -106,7 +105,7 @@ class StaleRows:
     @property
     def may_be_stale(self) -> bool:
         """Whether there have been steps since all rows were up to date."""
-        return self.history.steps > self._flushed
+        return self.history.steps > self.history.start
 
     # --- Steps -------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ class StaleRows:
         """
         for start, stop in self._pieces(name):
             catch_up(start, stop)
-        self._flushed = self.history.steps
+        self.history.restart()
 
     def _pieces(self, name: str) -> Iterator[tuple[int, int]]:
         size = max(1, _ELEMENTS_AT_ONCE // max(self.row_length, 1))
@@ -233,7 +232,7 @@ def entries_of(rows: int, row_length: int) -> int:
     """How many steps the history of a table of this size goes back.
 
     >>> entries_of(10**7, 64)
-    156250
+    78125
     """
     elements = rows * row_length
     return max(

@@ -7,7 +7,6 @@ namespace adamax {
 
 // Pieces of work: large enough that taking one costs nothing, small enough to balance.
 constexpr int64_t kDensePiece = 32 * 1024;
-constexpr int64_t kNormPiece = 64 * 1024;
 
 struct Parameter {
     Operand operands[kOperands];
@@ -21,25 +20,6 @@ struct Parameter {
     // The rule on the elements from `start` to before `stop`.
     void update(int64_t start, int64_t stop) const {
         is_double() ? update_as<double>(start, stop) : update_as<float>(start, stop);
-    }
-
-    Norm norm(int64_t start, int64_t stop) const {
-        Norm norm;
-        const Operand& g = operands[3];
-        walk.each_run(base, start, stop, [&](const Places& places, int64_t, int64_t count) {
-            if (is_direct<float>(g, places[3], walk.step[3])) {
-                const auto* numbers = reinterpret_cast<const float*>(places[3]);
-                norm.add({1, loops().on_float.square_sum_of(numbers, count)});
-                return;
-            }
-            double numbers[kBlock];
-            for (int64_t first = 0; first < count; first += kBlock) {
-                const int64_t length = std::min(kBlock, count - first);
-                load(g, places[3] + first * walk.step[3], walk.step[3], length, numbers);
-                norm.add(Norm::of(numbers, length));
-            }
-        });
-        return norm;
     }
 
   private:

@@ -16,9 +16,12 @@ struct History {
     int64_t terms;
     int64_t steps;           // recorded so far
     int64_t window;          // after how many steps an entry of `sums` is final
+    int64_t start;           // the step with which all rows were last up to date
     int64_t last_zero[3];    // the last step whose factor was 0, which products leave out
 
     int64_t now() const { return steps; }
+    // How many steps a row can be behind.
+    int64_t longest() const { return std::min(steps - start, entries - 1); }
 
     // What to tell a row that is up to date with step `steps - gap`. `sums` gets the terms.
     template <class T>

@@ -103,34 +103,22 @@ PyObject* counts(PyObject* const* arguments) {
 // norm(indices, values, rows, threads)
 PyObject* norm(PyObject* const* arguments) {
     Plan plan;
-    Rows rows;
+    View values;
     Keys keys;
+    int64_t rows;
     int threads;
-    if (!read_number(arguments[2], &rows.count) || !read_threads(arguments[3], &threads)) {
-        return nullptr;
-    }
-    const int64_t count = rows.count;
-    if (!plan.read_values(arguments[1], &rows) ||
-        !plan.read_indices(arguments[0], count, &keys)) {
+    if (!read_number(arguments[2], &rows) || !read_threads(arguments[3], &threads) ||
+        !plan.read_values(arguments[1], &values) ||
+        !plan.read_indices(arguments[0], rows, &keys) ||
+        (keys.count() != values.shape[0] && !plan.unfit(3))) {
         return failed(plan);
     }
-    if (rows.count != keys.count()) {
-        plan.unfit(3);
-        return failed(plan);
-    }
+    const std::vector<Gradient> gradients{Gradient(values, &keys)};
     Norm norm;
     {
         const WithoutGil released;
         const FloatingPointState state;
-        const int64_t pieces = (keys.count() + rows.piece() - 1) / rows.piece();
-        std::vector<Norm> norms(static_cast<size_t>(pieces));
-        parallel_for(worth(threads, 2 * keys.count() * rows.length()), pieces,
-                     [&](int64_t piece) {
-                         const int64_t start = piece * rows.piece();
-                         norms[size_t(piece)] =
-                             rows_norm(rows, keys, start, start + rows.piece());
-                     });
-        for (const Norm& each : norms) norm.add(each);
+        norm = norms_of(gradients, threads)[0];
     }
     return PyFloat_FromDouble(norm.value());
 }
@@ -197,7 +185,7 @@ PyObject* catch_up_range(PyObject* const* arguments) {
     }
     first = std::max<int64_t>(first, 0);
     last = std::min(last, rows.count);
-    const int64_t longest = std::min(history.steps, history.entries - 1);
+    const int64_t longest = history.longest();
     std::atomic<int64_t> caught_up{0}, wrong{-1};
     {
         const WithoutGil released;

@@ -256,6 +256,12 @@ bool Plan::finish() {
         step.parameters[i].scalars = scalars;
     }
     for (size_t i = 0; i < of_tables_.size(); ++i) step.tables[i].rows = rows_of(of_tables_[i]);
+    if (step.clips()) {
+        for (const Views& each : of_parameters_) step.gradients.emplace_back(each[3]);
+        for (size_t i = 0; i < of_tables_.size(); ++i) {
+            step.gradients.emplace_back(of_tables_[i][3], &step.tables[i].keys);
+        }
+    }
     return true;
 }
 
@@ -298,12 +304,9 @@ bool Plan::read_table(PyObject* const objects[3], Rows* rows) {
     return true;
 }
 
-bool Plan::read_values(PyObject* object, Rows* rows) {
-    View view;
-    if (!read(object, 3, &view)) return false;
-    if (!is_float(view.dtype) || view.ndim == 0) return unfit(3);
-    *rows = rows_of({view, view, view, view});
-    return true;
+bool Plan::read_values(PyObject* object, View* view) {
+    if (!read(object, 3, view)) return false;
+    return (is_float(view->dtype) && view->ndim > 0) || unfit(3);
 }
 
 bool Plan::read_indices(PyObject* object, int64_t rows, Keys* keys) {
@@ -347,7 +350,8 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
     const auto* numbers = reinterpret_cast<const int64_t*>(clock.data);
     if (entries < 2 || (entries & (entries - 1)) || terms < 1 || terms > kMostTerms ||
         terms % 4 != 1 || products.shape[0] != entries || products.shape[1] != 6 ||
-        clock.shape[0] != 5 || numbers[0] < 0 || numbers[1] < 1 || numbers[1] > entries / 2) {
+        clock.shape[0] != kClock || numbers[1] < 1 || numbers[1] > entries / 2 ||
+        numbers[2] < 0 || numbers[0] < numbers[2]) {
         return error(PyExc_ValueError, "a history has other shapes");
     }
     *to = {reinterpret_cast<const double*>(sums.data),
@@ -356,7 +360,8 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
            terms,
            numbers[0],
            numbers[1],
-           {numbers[2], numbers[3], numbers[4]}};
+           numbers[2],
+           {numbers[3], numbers[4], numbers[5]}};
     if (!recorded) return true;
 
     View new_sums, new_products, new_clock;
@@ -368,7 +373,7 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
     const auto* after = reinterpret_cast<const int64_t*>(new_clock.data);
     if (new_sums.shape[1] != terms || new_sums.shape[0] < 1 ||
         new_sums.shape[0] > std::min(entries, to->steps + 2) || new_products.shape[0] != 6 ||
-        new_clock.shape[0] != 5 || after[0] != to->steps + 1 || after[1] > entries / 2 ||
+        new_clock.shape[0] != kClock || after[0] != to->steps + 1 || after[1] > entries / 2 ||
         !sums.writeable || !products.writeable || !clock.writeable) {
         return error(PyExc_ValueError, "a recorded step has other shapes");
     }
@@ -384,7 +389,7 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
 
 bool Plan::check_stamps(const Keys& keys, const Stamps& stamps, const History& history,
                         bool current) {
-    const int64_t longest = std::min(history.steps, history.entries - 1);
+    const int64_t longest = history.longest();
     for (int64_t i = 0; i < keys.count(); ++i) {
         if (i + kPrefetchStamps < keys.count()) {
             stamps.prefetch_row(keys.row(i + kPrefetchStamps));

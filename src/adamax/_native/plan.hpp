@@ -36,7 +36,7 @@ class Plan {
     // A table without a gradient: `objects` are w, m and u.
     bool read_table(PyObject* const objects[3], Rows* rows);
     // The values of a gradient alone.
-    bool read_values(PyObject* object, Rows* rows);
+    bool read_values(PyObject* object, View* view);
     bool read_indices(PyObject* object, int64_t rows, Keys* keys);
     bool read_stamps(PyObject* object, int64_t rows, Stamps* stamps);
     bool read_history(PyObject* history, int offset, History* to, Recorded* recorded);

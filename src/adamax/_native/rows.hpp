@@ -1,8 +1,8 @@
 // Rows of tables: where they lie, and the rule on those that a sparse gradient touches.
 #pragma once
 
+#include "elements.hpp"
 #include "keys.hpp"
-#include "norm.hpp"
 
 namespace adamax {
 
@@ -74,26 +74,28 @@ void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
     const Operand& g = rows.operands[3];
     const int64_t step = rows.walk.step[3];
     // A gradient that is wider than the arithmetic is scaled before it is rounded.
-    const bool wide = end > i + 1 || (g.dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float));
+    const bool wide = g.dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float);
+    const bool summed = end > i + 1;
     Scalars<T> s = rounded<T>(scalars);
     if (wide) s.scale = 1;
     const char* of_row[kOperands];
     rows.place(keys.row(i), of_row);
     of_row[3] = rows.value(keys.position(i));
     rows.walk.each_run(of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t n) {
-        const bool direct = end == i + 1 && is_direct<T>(g, places[3], step);
+        const bool direct = !summed && is_direct<T>(g, places[3], step);
         update_elements<T>(
             rows.operands, places, rows.walk.step, n, s,
             direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
             [&](int64_t first, int64_t length, T* numbers) {
                 const char* place = places[3] + first * step;
-                if (!wide) {
+                if (!summed && !wide) {
                     load(g, place, step, length, numbers);
                     return;
                 }
                 double sums[kBlock];
                 sum_values(rows, keys, i, end, place - of_row[3], length, sums);
-                for (int64_t j = 0; j < length; ++j) numbers[j] = T(scalars.scale * sums[j]);
+                const double scale = wide ? scalars.scale : 1;
+                for (int64_t j = 0; j < length; ++j) numbers[j] = T(scale * sums[j]);
             });
     });
 }
@@ -113,25 +115,6 @@ void each_row(const Rows& rows, const Keys& keys, int64_t start, int64_t stop,
         function(i, end);
         i = end;
     }
-}
-
-inline Norm rows_norm(const Rows& rows, const Keys& keys, int64_t start, int64_t stop) {
-    Norm norm;
-    each_row(rows, keys, start, stop, [&](int64_t i, int64_t end) {
-        const char* const value = rows.value(keys.position(i));
-        const char* const of_row[kOperands] = {value, value, value, value};
-        rows.walk.each_run(
-            of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t count) {
-                for (int64_t first = 0; first < count; first += kBlock) {
-                    const int64_t length = std::min(kBlock, count - first);
-                    const char* place = places[3] + first * rows.walk.step[3];
-                    double sums[kBlock];
-                    sum_values(rows, keys, i, end, place - value, length, sums);
-                    norm.add(Norm::of(sums, length));
-                }
-            });
-    });
-    return norm;
 }
 
 }  // namespace adamax

@@ -68,52 +68,40 @@ void Step::update(size_t first, size_t last, size_t first_table, size_t last_tab
     });
 }
 
-// Multiplies the scale of each gradient by what brings norms down to their limits. Norms are
-// added up piece by piece, so that they are the same for any number of threads.
+// Multiplies the scale of each gradient by what brings norms down to their limits.
 void Step::clip() {
-    constexpr double kNone = std::numeric_limits<double>::infinity();
-    if (clipnorm == kNone && global_clipnorm == kNone) return;
-    const size_t dense = parameters.size();
+    if (!clips()) return;
+    const std::vector<Norm> norms = norms_of(gradients, threads);
+    Norm all;
+    for (const Norm& norm : norms) all.add(norm);
+    const bool together = std::isfinite(global_clipnorm);
+    const double limit = std::min(clipnorm, global_clipnorm);
+    for (size_t i = 0; i < norms.size(); ++i) {
+        const size_t dense = parameters.size();
+        auto& scalars = i < dense ? parameters[i].scalars : tables[i - dense].scalars;
+        scalars.scale *= (together ? all : norms[i]).clip_factor(limit);
+    }
+}
+
+std::vector<Norm> norms_of(const std::vector<Gradient>& gradients, int threads) {
     Pieces pieces;
     int64_t work = 0;
-    for (const Parameter& parameter : parameters) {
-        pieces.add((parameter.length() + kNormPiece - 1) / kNormPiece);
-        work += parameter.length();
-    }
-    for (const Table& table : tables) {
-        pieces.add(table.pieces());
-        work += 2 * table.elements();
+    for (const Gradient& gradient : gradients) {
+        pieces.add(gradient.pieces());
+        work += gradient.length();
     }
     std::vector<Norm> of_pieces(static_cast<size_t>(pieces.count()));
     parallel_for(worth(threads, work), pieces.count(), [&](int64_t piece) {
         const size_t owner = pieces.owner(piece);
-        const int64_t number = piece - pieces.first(owner);
-        Norm& norm = of_pieces[size_t(piece)];
-        if (owner < dense) {
-            const Parameter& parameter = parameters[owner];
-            norm = parameter.norm(number * kNormPiece,
-                                  std::min((number + 1) * kNormPiece, parameter.length()));
-        } else {
-            const Table& table = tables[owner - dense];
-            const int64_t start = number * table.rows.piece();
-            norm = rows_norm(table.rows, table.keys, start, start + table.rows.piece());
-        }
+        of_pieces[size_t(piece)] = gradients[owner].norm(piece - pieces.first(owner));
     });
-    Norm all;
-    for (const Norm& norm : of_pieces) all.add(norm);
-    for (size_t owner = 0; owner < dense + tables.size(); ++owner) {
-        Norm norm = all;
-        if (global_clipnorm == kNone) {
-            norm = {};
-            for (int64_t i = pieces.first(owner); i < pieces.first(owner + 1); ++i) {
-                norm.add(of_pieces[size_t(i)]);
-            }
+    std::vector<Norm> norms(gradients.size());
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        for (int64_t piece = pieces.first(i); piece < pieces.first(i + 1); ++piece) {
+            norms[i].add(of_pieces[size_t(piece)]);
         }
-        const double limit = std::min(clipnorm, global_clipnorm);
-        auto& scalars = owner < dense ? parameters[owner].scalars
-                                      : tables[owner - dense].scalars;
-        scalars.scale *= norm.clip_factor(limit);
     }
+    return norms;
 }
 
 }  // namespace adamax

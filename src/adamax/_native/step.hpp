@@ -7,6 +7,7 @@
 
 #include "dense.hpp"
 #include "exact.hpp"
+#include "norm.hpp"
 #include "threads.hpp"
 
 namespace adamax {
@@ -15,19 +16,25 @@ namespace adamax {
 // many in rows all over memory.
 constexpr int64_t kWorthAThread = 96 * 1024;
 
+// Of the array that says where a history is.
+constexpr int kClock = 6;
+
 inline int worth(int threads, int64_t elements) {
     return int(std::min<int64_t>(threads, 1 + elements / kWorthAThread));
 }
+
+// The norm of each gradient.
+std::vector<Norm> norms_of(const std::vector<Gradient>& gradients, int threads);
 
 // What a step adds to a history: entries that change, up to and including the new one.
 struct Recorded {
     double* sums;      // the history's own arrays
     double* products;
-    int64_t* clock;    // steps, window, last zeros
+    int64_t* clock;    // see History in _core/exact.py
     const double* new_sums;
     int64_t new_entries;
     const double* new_products;  // (6,)
-    const int64_t* new_clock;    // (5,)
+    const int64_t* new_clock;    // (kClock,)
 
     void commit(const History& history) const {
         const int64_t first = history.steps + 2 - new_entries;
@@ -38,7 +45,7 @@ struct Recorded {
         }
         const int64_t entry = (history.steps + 1) & (history.entries - 1);
         std::memcpy(products + entry * 6, new_products, 6 * sizeof(double));
-        std::memcpy(clock, new_clock, 5 * sizeof(int64_t));
+        std::memcpy(clock, new_clock, kClock * sizeof(int64_t));
     }
 };
 
@@ -75,7 +82,8 @@ struct Table {
     void catch_up_in_turn_as() const {
         const int64_t cycle = history.entries / 2;
         const int64_t number = (rows.count + cycle - 1) / cycle;
-        const int64_t start = (history.steps & (cycle - 1)) * number;
+        const int64_t turn = (history.steps - history.start) & (cycle - 1);
+        const int64_t start = turn * number;
         const int64_t stop = std::min(start + number, rows.count);
         for (int64_t row = start; row < stop; ++row) {
             if (int32_t(stamps.gap(row, history.steps)) > 0) {  // else it has made the step
@@ -118,6 +126,7 @@ struct Step {
     std::vector<Parameter> parameters;
     std::vector<Table> tables;
     std::vector<Counter> counters;
+    std::vector<Gradient> gradients;  // of all, parameters first, if they are to be clipped
     double clipnorm = std::numeric_limits<double>::infinity();
     double global_clipnorm = std::numeric_limits<double>::infinity();
     int threads = 1;
@@ -125,6 +134,10 @@ struct Step {
 
     // Nothing can fail here. Throws std::bad_alloc before anything is written.
     void run();
+
+    bool clips() const {
+        return std::isfinite(clipnorm) || std::isfinite(global_clipnorm);
+    }
 
   private:
     void clip();

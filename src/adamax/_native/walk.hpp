@@ -27,54 +27,18 @@ class Walk {
     int64_t outer = 1;
     int64_t step[kOperands] = {};  // from element to element of a run, in bytes
 
-    // Of the dimensions from one on; in the end `offset` has where the first element is, in
-    // bytes, since strides may be negative. Views have the same shape there.
+    // Of the dimensions from one on, where the views have the same shape. Elements come in the
+    // order in which they lie in the memory of the first view; `offset` gets where the first
+    // one is, in bytes, since strides may be negative.
     void build(const View* const views[kOperands], int from, int64_t offset[kOperands]) {
-        std::vector<Dim> dims;
-        const View& first = *views[0];
-        for (int i = from; i < first.ndim; ++i) {
-            if (first.shape[i] == 1) continue;
-            Dim dim{first.shape[i], {}};
-            for (int k = 0; k < kOperands; ++k) {
-                dim.step[k] = views[k]->strides[i] * views[k]->unit;
-            }
-            if (dim.step[0] < 0) {
-                for (int k = 0; k < kOperands; ++k) {
-                    offset[k] += (dim.size - 1) * dim.step[k];
-                    dim.step[k] = -dim.step[k];
-                }
-            }
-            dims.push_back(dim);
-        }
-        if (first.complex) {
-            Dim parts{2, {}};
-            for (int k = 0; k < kOperands; ++k) parts.step[k] = itemsize(views[k]->dtype);
-            dims.push_back(parts);
-        }
-        std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-            return a.step[0] > b.step[0];
-        });
-        // From the fastest on, as long as a dimension goes on where the one inside it ends.
-        for (size_t i = dims.size(); i-- > 1;) {
-            Dim &dim = dims[i], &around = dims[i - 1];
-            bool goes_on = true;
-            for (int k = 0; k < kOperands; ++k) {
-                goes_on = goes_on && around.step[k] == dim.step[k] * dim.size;
-            }
-            if (goes_on) {
-                dim.size *= around.size;
-                dims.erase(dims.begin() + i - 1);
-            }
-        }
-        if (!dims.empty()) {
-            inner = dims.back().size;
-            std::copy(dims.back().step, dims.back().step + kOperands, step);
-            dims.pop_back();
-        } else {
-            for (int k = 0; k < kOperands; ++k) step[k] = itemsize(views[k]->dtype);
-        }
-        for (const Dim& dim : dims) outer *= dim.size;
-        dims_ = std::move(dims);
+        build(views, from, offset, true);
+    }
+
+    // Of one view, in the order of its indices.
+    void build_in_order(const View& view, int from) {
+        const View* const views[kOperands] = {&view, &view, &view, &view};
+        int64_t none[kOperands] = {};
+        build(views, from, none, false);
     }
 
     // Of contiguous views, without looking at their dimensions.
@@ -113,6 +77,58 @@ class Walk {
         int64_t size;
         int64_t step[kOperands];
     };
+
+    void build(const View* const views[kOperands], int from, int64_t offset[kOperands],
+               bool sorted) {
+        std::vector<Dim> dims;
+        const View& first = *views[0];
+        for (int i = from; i < first.ndim; ++i) {
+            if (first.shape[i] == 1) continue;
+            Dim dim{first.shape[i], {}};
+            for (int k = 0; k < kOperands; ++k) {
+                dim.step[k] = views[k]->strides[i] * views[k]->unit;
+            }
+            if (sorted && dim.step[0] < 0) {
+                for (int k = 0; k < kOperands; ++k) {
+                    offset[k] += (dim.size - 1) * dim.step[k];
+                    dim.step[k] = -dim.step[k];
+                }
+            }
+            dims.push_back(dim);
+        }
+        if (first.complex) {
+            Dim parts{2, {}};
+            for (int k = 0; k < kOperands; ++k) parts.step[k] = itemsize(views[k]->dtype);
+            dims.push_back(parts);
+        }
+        if (sorted) {
+            std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+                return a.step[0] > b.step[0];
+            });
+        }
+        // From the fastest on, as long as a dimension goes on where the one inside it ends.
+        for (size_t i = dims.size(); i-- > 1;) {
+            Dim &dim = dims[i], &around = dims[i - 1];
+            bool goes_on = true;
+            for (int k = 0; k < kOperands; ++k) {
+                goes_on = goes_on && around.step[k] == dim.step[k] * dim.size;
+            }
+            if (goes_on) {
+                dim.size *= around.size;
+                dims.erase(dims.begin() + i - 1);
+            }
+        }
+        if (!dims.empty()) {
+            inner = dims.back().size;
+            std::copy(dims.back().step, dims.back().step + kOperands, step);
+            dims.pop_back();
+        } else {
+            for (int k = 0; k < kOperands; ++k) step[k] = itemsize(views[k]->dtype);
+        }
+        for (const Dim& dim : dims) outer *= dim.size;
+        dims_ = std::move(dims);
+    }
+
     std::vector<Dim> dims_;  // around the runs, slowest first
 };
 

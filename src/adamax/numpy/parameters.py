@@ -1,0 +1,321 @@
+"""Parameters and their state: what an optimizer holds for each array."""
+
+import math
+import operator
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy.typing as npt
+
+import numpy as np
+
+from .._core.kernels import state_dtype
+from .._core.rule import Hyperparameters
+from .._core.stale import StaleRows
+from .checkpoint import zero_state
+
+Array: TypeAlias = npt.NDArray[Any]
+ArraysOrMapping: TypeAlias = Iterable[Array] | Mapping[str, Array]
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+_DTYPE = operator.attrgetter("dtype")
+
+
+class Parameter:
+    """An array, and its state ``m`` and ``u``.
+
+    The array is not kept alive, where it can be known that it is gone: state ends with the
+    memory that it is the state of. A view may go and come back as another object: its
+    memory is then still known, so that the other object is recognised as wrong.
+    """
+
+    m: Array
+    u: Array
+    stale: StaleRows | None = None  # in exact mode
+
+    def __init__(self, array: Array, name: str) -> None:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"parameter {name!r} must be a NumPy array, which is updated in place; "
+                f"got {type(array).__name__}"
+            )
+        if array.dtype.name not in DTYPES:
+            raise TypeError(
+                f"parameter {name!r} must have one of the dtypes {', '.join(DTYPES)}, "
+                f"got {array.dtype}"
+            )
+        self.name = name
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self._bounds = _bounds(array)
+        self._strong: Array | None = array
+        self._weak: weakref.ref[Array] | None = None
+        self._owner: weakref.ref[Array] | None = None
+        self.check(array)
+        if not array.flags.forc and _may_overlap_itself(array):
+            raise ValueError(f"parameter {name!r} has elements that overlap in memory")
+
+    @property
+    def array(self) -> Array | None:
+        """The array, or None where it is gone."""
+        return self._strong if self._weak is None else self._weak()
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Where its memory begins and ends, or did when the array was last there."""
+        array = self.array
+        return self._bounds if array is None else _bounds(array)
+
+    def check(self, array: Array) -> None:
+        """Raise if the array cannot be written, or is no longer what it was."""
+        if not array.flags.writeable:
+            raise ValueError(f"parameter {self.name!r} is read-only")
+        if (array.shape, array.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"parameter {self.name!r} has state for the shape {self.shape} and dtype "
+                f"{self.dtype}, but now has {array.shape} and {array.dtype}"
+            )
+
+    @property
+    def state_layout(self) -> tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]:
+        """Shape, dtype and memory order of ``m`` and ``u``."""
+        assert self.array is not None
+        return self.shape, state_dtype(self.dtype.name), _order(self.array)
+
+    def let_go(self, gone: Callable[[int, bool], None]) -> None:
+        """Do not keep the array alive, where it will be known that it is gone.
+
+        ``gone(key, forever)`` is called when the array is gone, and when its memory is,
+        which is ``forever``.
+        """
+        array = self._strong
+        assert array is not None
+        key = id(array)
+        owner = array if array.base is None else array.base
+        if not (isinstance(owner, np.ndarray) and owner.base is None):
+            return  # memory of something else, such as a file
+        if owner is array:
+            self._weak = weakref.ref(array, lambda _: gone(key, True))
+        else:
+            self._weak = weakref.ref(array, lambda _: gone(key, False))
+            self._owner = weakref.ref(owner, lambda _: gone(key, True))
+        self._strong = None
+
+    def stale_rows(self, hyperparameters: Hyperparameters) -> StaleRows:
+        """What says which rows are stale; made when it is first needed."""
+        if self.stale is None:
+            self.stale = StaleRows(
+                np.zeros(self.shape[0], np.uint32),
+                math.prod(self.shape[1:]),
+                state_dtype(self.dtype.name),
+                hyperparameters.beta_1,
+                hyperparameters.beta_2,
+                hyperparameters.epsilon,
+            )
+        return self.stale
+
+    @property
+    def may_be_stale(self) -> bool:
+        return self.stale is not None and self.stale.may_be_stale
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (self.array, self.name, self.m, self.u)
+
+
+def _copied(array: Array, name: str, m: Array, u: Array) -> Parameter:
+    parameter = Parameter(array, name)
+    # A copy of a strided array may be contiguous, in either order.
+    parameter.m, parameter.u = (np.asarray(x, order=_order(array)) for x in (m, u))
+    return parameter
+
+
+class Parameters:
+    """All parameters of an optimizer, by name and by their arrays.
+
+    Args:
+        state_dir: where to keep the state in files, or None for memory.
+    """
+
+    def __init__(self, state_dir: Path | None) -> None:
+        self._state_dir = state_dir
+        self._process = os.getpid()
+        self._by_name: dict[str, Parameter] = {}
+        self._by_id: dict[int, Parameter] = {}
+        self._next_number = 0
+        self.is_copy = False
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(list(self._by_name.values()))
+
+    def find(self, array: Array) -> Parameter | None:
+        return self._by_id.get(id(array))
+
+    def of(self, arrays: Sequence[Array]) -> tuple[list[Parameter], bool]:
+        """The parameter of each array, and whether all were known; no new one is adopted.
+
+        Raises:
+            TypeError, ValueError: an array that cannot be a parameter, or occurs twice.
+            RuntimeError: in a forked process, which shares files with its parent.
+        """
+        if self._state_dir is not None and os.getpid() != self._process:
+            raise RuntimeError(
+                "this is a forked process, which shares the files in state_dir with its "
+                "parent: create an optimizer of its own with another state_dir"
+            )
+        found = list(map(self._by_id.get, map(id, arrays)))
+        known = [parameter for parameter in found if parameter is not None]
+        if len(known) < len(arrays) or len(set(known)) < len(arrays):
+            parameters = self.checked(arrays)
+            if self.is_copy:
+                unknown = parameters[found.index(None)]
+                raise ValueError(
+                    f"this optimizer is a copy, and its state belongs to the arrays that "
+                    f"were copied with it; got another array, of shape {unknown.shape}: "
+                    f"call load_state_dict(optimizer.state_dict(), parameters) to use the "
+                    f"state for other arrays, or build() to add new ones"
+                )
+            return parameters, False
+        if not all(map(operator.is_, map(_DTYPE, arrays), map(_DTYPE, known))):
+            for parameter, array in zip(known, arrays, strict=True):
+                parameter.check(array)
+        return known, True
+
+    def named(self, parameters: ArraysOrMapping) -> list[Parameter]:
+        """As :meth:`checked`, with the names that a mapping gives."""
+        if isinstance(parameters, Mapping):
+            return self.checked(
+                list(parameters.values()), [str(name) for name in parameters]
+            )
+        if isinstance(parameters, np.ndarray):
+            raise TypeError(
+                "parameters must be an iterable or a mapping of arrays, got one array"
+            )
+        return self.checked(list(parameters))
+
+    def checked(
+        self, arrays: Sequence[Array], names: list[str] | None = None
+    ) -> list[Parameter]:
+        """The parameter of each array, the new ones not yet adopted."""
+        parameters: list[Parameter] = []
+        fresh: list[Parameter] = []
+        seen: dict[int, Parameter] = {}
+        for position, array in enumerate(arrays):
+            if id(array) in seen:
+                name = seen[id(array)].name
+                raise ValueError(f"parameter {name!r} occurs more than once")
+            parameter = self._by_id.get(id(array))
+            if parameter is None:
+                number = str(self._next_number + len(fresh))
+                parameter = Parameter(array, names[position] if names else number)
+                fresh.append(parameter)
+            seen[id(array)] = parameter
+            parameters.append(parameter)
+        if fresh:
+            _check_disjoint(self, fresh)
+            taken = set(self._by_name)
+            for parameter in fresh:
+                if parameter.name in taken:
+                    raise ValueError(
+                        f"the name {parameter.name!r} belongs to another parameter"
+                    )
+                taken.add(parameter.name)
+        return parameters
+
+    def adopt(self, parameters: Iterable[Parameter]) -> None:
+        """Allocate state for the new ones among ``parameters``: for all of them or none."""
+        fresh = [p for p in parameters if self._by_name.get(p.name) is not p]
+        if not fresh:
+            return
+        state = zero_state(fresh, self._state_dir, self._next_number)
+        for parameter, (m, u) in zip(fresh, state, strict=True):
+            parameter.m, parameter.u = m, u
+            self._add(parameter)
+            parameter.let_go(self._forgets(parameter.name))
+        self._next_number += len(fresh)
+
+    def _add(self, parameter: Parameter) -> None:
+        self._by_name[parameter.name] = self._by_id[id(parameter.array)] = parameter
+
+    def _forgets(self, name: str) -> Callable[[int, bool], None]:
+        """What frees state when an array is gone; does not keep this alive."""
+        reference = weakref.ref(self)
+
+        def gone(key: int, forever: bool) -> None:
+            parameters = reference()
+            if parameters is not None:
+                parameters._by_id.pop(key, None)
+                if forever:
+                    parameters._by_name.pop(name, None)
+
+        return gone
+
+    def forget(self, parameter: Parameter) -> None:
+        del self._by_name[parameter.name], self._by_id[id(parameter.array)]
+
+    def begun_anew(self) -> "Parameters":
+        """Without parameters."""
+        return Parameters(self._state_dir)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Parameters are found by the identity of their array, which a copy changes.
+        parameters = [p for p in self if p.array is not None]
+        return {
+            "state_dir": self._state_dir,
+            "next_number": self._next_number,
+            "parameters": parameters,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["state_dir"])  # type: ignore[misc]
+        self._next_number = state["next_number"]
+        self.is_copy = True
+        for parameter in state["parameters"]:
+            self._add(parameter)  # which keeps its array: nothing else may hold it
+
+
+def _check_disjoint(known: Iterable[Parameter], fresh: Sequence[Parameter]) -> None:
+    """Raise if a new parameter shares memory with another, old or new."""
+    spans = [(*parameter.bounds, parameter) for parameter in (*known, *fresh)]
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, Parameter]] = []
+    for start, end, parameter in spans:
+        open_spans = [span for span in open_spans if span[1] > start]
+        for _, _, other in open_spans:
+            if _share_memory(parameter.array, other.array):
+                new, old = (parameter, other) if parameter in fresh else (other, parameter)
+                raise ValueError(
+                    f"parameter {new.name!r} shares memory with {old.name!r}; "
+                    f"pass the same array in every step, not a new view of it"
+                )
+        open_spans.append((start, end, parameter))
+
+
+def _order(array: Array) -> Literal["C", "F"]:
+    return "F" if array.flags.fnc else "C"
+
+
+def _bounds(array: Array) -> tuple[int, int]:
+    return np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+
+
+def _may_overlap_itself(array: Array) -> bool:
+    """Whether dimensions reach into each other's strides, as only as_strided makes them."""
+    reach = array.itemsize
+    for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _share_memory(a: Array | None, b: Array | None) -> bool:
+    """Whether arrays whose bounds overlap share memory; None is for a view that is gone."""
+    if a is None or b is None:
+        return True
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
