@@ -56,35 +56,41 @@ struct Stamps {
     }
 };
 
+// Brings the elements of a stale row at `places` in w, m and u up to date.
+template <class T>
+void catch_up_elements(const Operand* operands, const Places& places, const int64_t* steps,
+                       int64_t count, const Gap<T>& gap) {
+    const auto& run = loops().of(T());
+    bool in_place = true;
+    for (int k = 0; k < 3; ++k) {
+        in_place = in_place && is_direct<T>(operands[k], places[k], steps[k]);
+    }
+    if (in_place) {
+        auto numbers = [&](int k) { return reinterpret_cast<T*>(places[k]); };
+        run.catch_up(numbers(0), numbers(1), numbers(2), count, gap);
+        return;
+    }
+    T own[3][kBlock];
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t length = std::min(kBlock, count - first);
+        auto place = [&](int k) { return places[k] + first * steps[k]; };
+        for (int k = 0; k < 3; ++k) load(operands[k], place(k), steps[k], length, own[k]);
+        run.catch_up(own[0], own[1], own[2], length, gap);
+        for (int k = 0; k < 3; ++k) store(own[k], length, operands[k], place(k), steps[k]);
+    }
+}
+
 // Brings a row that is `gap` steps behind up to date; `row` has its places in w, m and u.
 template <class T, class AnyHistory>
 void catch_up_row(const Rows& rows, const char* const row[3], int64_t gap,
                   const AnyHistory& history, double epsilon) {
     T terms[kMostTerms];
     const Gap<T> of_gap = history.template gap<T>(gap, epsilon, terms);
-    const auto& run = loops().of(T());
     const char* const of_row[kOperands] = {row[0], row[1], row[2], row[0]};
-    const auto* steps = rows.walk.step;
-    rows.walk.each_run(of_row, 0, rows.length(), [&](Places& places, int64_t, int64_t count) {
-        const auto* operands = rows.operands;
-        bool in_place = true;
-        for (int k = 0; k < 3; ++k) {
-            in_place = in_place && is_direct<T>(operands[k], places[k], steps[k]);
-        }
-        if (in_place) {
-            auto numbers = [&](int k) { return reinterpret_cast<T*>(places[k]); };
-            run.catch_up(numbers(0), numbers(1), numbers(2), count, of_gap);
-            return;
-        }
-        T own[3][kBlock];
-        for (int64_t first = 0; first < count; first += kBlock) {
-            const int64_t length = std::min(kBlock, count - first);
-            auto place = [&](int k) { return places[k] + first * steps[k]; };
-            for (int k = 0; k < 3; ++k) load(operands[k], place(k), steps[k], length, own[k]);
-            run.catch_up(own[0], own[1], own[2], length, of_gap);
-            for (int k = 0; k < 3; ++k) store(own[k], length, operands[k], place(k), steps[k]);
-        }
-    });
+    rows.walk.each_run(
+        of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t count) {
+            catch_up_elements(rows.operands, places, rows.walk.step, count, of_gap);
+        });
 }
 
 // Brings a row of a table up to date and stamps it. Returns whether it was stale.

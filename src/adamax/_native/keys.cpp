@@ -43,18 +43,20 @@ uint64_t* sorted(uint64_t* keys, uint64_t* scratch, int64_t count, int shift,
 
 }  // namespace
 
-int64_t Keys::build(const View& indices, int64_t rows, int64_t* outside) {
-    count_ = indices.shape[0];
-    shift_ = bits_of(uint64_t(count_ > 1 ? count_ - 1 : 0));
+int64_t Keys::build(const View& indices, int64_t rows, int64_t* outside,
+                    Outside if_outside) {
+    const int64_t given = indices.shape[0];
+    count_ = 0;
+    shift_ = bits_of(uint64_t(given > 1 ? given - 1 : 0));
     mask_ = (uint64_t(1) << shift_) - 1;
     if (shift_ + bits_of(uint64_t(rows)) > 64) throw std::length_error("too many indices");
-    memory_.reset(new uint64_t[size_t(2 * count_)]);
+    memory_.reset(new uint64_t[size_t(2 * given)]);
     uint64_t* keys = memory_.get();
     const int64_t step = indices.strides[0] * indices.unit;
     const bool wide = indices.dtype == Dtype::kInt64;
     bool ascending = true;
     int64_t previous = -1, largest = 0;
-    for (int64_t i = 0; i < count_; ++i) {
+    for (int64_t i = 0; i < given; ++i) {
         int64_t row;
         if (wide) {
             gather(indices.data + i * step, 8, indices.swapped, 1, &row);
@@ -64,10 +66,11 @@ int64_t Keys::build(const View& indices, int64_t rows, int64_t* outside) {
             row = narrow;
         }
         if (row < 0 || row >= rows) {
+            if (if_outside == Outside::kSkip) continue;
             *outside = row;
             return i;
         }
-        keys[i] = (uint64_t(row) << shift_) | uint64_t(i);
+        keys[count_++] = (uint64_t(row) << shift_) | uint64_t(i);
         ascending = ascending && row >= previous;
         previous = row;
         largest = std::max(largest, row);

@@ -241,6 +241,8 @@ PyMethodDef methods[] = {
     ADAMAX_VERB(catch_up_rows, 8),
     ADAMAX_VERB(catch_up_range, 9),
     ADAMAX_VERB(use_isa, 1),
+    {"xla_handlers", [](PyObject*, PyObject*) { return xla_handlers(); }, METH_NOARGS,
+     nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
