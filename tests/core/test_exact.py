@@ -1,17 +1,18 @@
 """The mathematics of ``sparse="exact"``, and the verbs that carry it out."""
 
+import functools
 import math
 
 import pytest
 from cases import DTYPES, PRECISION, values
 from compare import assert_same_bits
 from exact_cases import EPSILON, FLOAT64
+from numpy_cases import LAYOUTS
+from verbs import IMPLEMENTATIONS, INF, Using, scalars
 
 import numpy as np
-from adamax._exact import Expansion, History
-from adamax._kernels import Storage, _cpu, _reference, state_dtype
-
-IMPLEMENTATIONS = {"compiled": _cpu, "reference": _reference}
+from adamax._core.exact import STEPS, Expansion, History, HistoryFull, gaps
+from adamax._core.kernels import state_dtype
 
 BETAS = {
     "float32": [(0.9, 0.999), (0.5, 0.9), (0.9, 0.98), (0.99, 0.999), (0.0, 0.0)],
@@ -92,25 +93,19 @@ DECAYS = {
 }
 
 
-def catch_up(verbs, dtype, w, m, u, gaps, history, now=2**32 + 7, threads=2):
-    """All rows, in place; returns the stamps."""
-    stamps = ((now - gaps) % 2**32).astype(np.uint32)
-    addresses = np.array([a.ctypes.data for a in (w, m, u, stamps)], np.int64)
-    behind = verbs.catch_up_table(
-        Storage(dtype),
-        (0, len(w)),
-        addresses,
-        math.prod(w.shape[1:]),
-        history,
-        now,
-        EPSILON,
-        threads,
-    )
-    assert behind == np.count_nonzero(gaps)
-    assert (stamps == now % 2**32).all()
+def record(history, *settings, all_current=False):
+    history.commit(history.recorded(*settings, all_current=all_current))
 
 
-def assert_dense_over_gaps(dtype, gaps, betas_at, rate, decay, verbs=_cpu):
+def catch_up(verbs, w, m, u, behind, history, threads=2):
+    """All rows, in place."""
+    stamps = (history.steps - behind).astype(np.uint32)
+    given = w, m, u, stamps, history.arrays, EPSILON, 0, len(w), threads
+    assert verbs.catch_up_range(*given) == np.count_nonzero(behind)
+    assert (stamps == np.uint32(history.steps % 2**32)).all()
+
+
+def assert_dense_over_gaps(dtype, gaps, betas_at, rate, decay, verbs=IMPLEMENTATIONS[0]):
     """Rows with these gaps, descending, are where the dense rule takes them."""
     gaps = np.asarray(gaps)
     steps = int(gaps[0])
@@ -126,18 +121,19 @@ def assert_dense_over_gaps(dtype, gaps, betas_at, rate, decay, verbs=_cpu):
     start = np.abs(m), np.abs(u)
     W, M, U = (array.astype(wide) for array in (w, m, u))  # noqa: N806
     size = np.abs(W)
-    history = History(*betas_at(1), dtype, steps)
+    history = History(*betas_at(1), dtype, entries=steps + 1)
     for t in range(1, steps + 1):
         behind = slice(0, np.searchsorted(-gaps, -(steps - t), side="left"))
         beta_1, beta_2 = betas_at(t)
         factor, a = decay(t, steps), rate(t, steps)
-        history.record(a, factor, beta_1, beta_2)
+        record(history, a, factor, beta_1, beta_2)
         M[behind] *= beta_1
         U[behind] *= beta_2
         move = a * M[behind] / (U[behind] + EPSILON)
         W[behind] = factor * W[behind] - move
         size[behind] = np.maximum(abs(factor) * size[behind], abs(W[behind])) + abs(move)
-    catch_up(verbs, dtype, w, m, u, gaps, history)
+    with Using(verbs) as chosen:
+        catch_up(chosen, w, m, u, gaps, history)
     relative = FLOAT64 if dtype == "float64" else 16 * PRECISION[dtype].roundoff
     # What is left out: moves that are this small beside all at the largest learning rate.
     largest = max(rate(t, steps) for t in range(1, steps + 1))
@@ -167,8 +163,7 @@ EVERY_GAP = np.arange(400, -1, -1)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_gap_from_0_to_400(dtype, decay, rate, verbs):
     betas = constant((0.9, 0.999))
-    chosen = IMPLEMENTATIONS[verbs]
-    assert_dense_over_gaps(dtype, EVERY_GAP, betas, RATES[rate], DECAYS[decay], chosen)
+    assert_dense_over_gaps(dtype, EVERY_GAP, betas, RATES[rate], DECAYS[decay], verbs)
 
 
 @pytest.mark.parametrize(
@@ -195,32 +190,84 @@ def test_betas_may_change_from_step_to_step(dtype):
         return 0.9 - 0.05 * math.sin(t / 50), 0.999 - 5e-4 * (t % 3 == 0)
 
     rate, decay = RATES["warm-up and cosine"], DECAYS["small"]
-    assert History(0.95, 0.998, dtype, 1).takes(0.9, 0.999)
-    assert not History(0.5, 0.999, dtype, 1).takes(0.9, 0.999)
+    assert_dense_over_gaps(dtype, np.arange(600, -1, -1), cycled, rate, decay)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("betas", [(0.95, 0.999), (0.9, 0.995), (0.95, 0.995)])
+def test_betas_that_need_more_terms_and_a_longer_window_later(dtype, betas):
+    """The history grows, with the entries that it has."""
+    few, more = ((0.5, 0.999), betas)
+    grown, enough = (History(*b, dtype, entries=10) for b in (few, more))
+    assert grown.terms < enough.terms or grown.window < enough.window
 
     def at(t):
-        return (0.95, 0.998) if t == 1 else cycled(t)
+        return few if t <= 250 else more
 
+    rate, decay = RATES["warm-up and cosine"], DECAYS["small"]
     assert_dense_over_gaps(dtype, np.arange(600, -1, -1), at, rate, decay)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_steps_of_betas_that_need_too_many_terms_together(dtype):
+    """Each pair may be had, but not the largest beta_1 with the smallest beta_2."""
+    low, high = (
+        ((0.5, 0.9), (0.99, 0.9999))
+        if dtype == "float32"
+        else ((0.5, 0.97), (0.99, 0.9999))
+    )
+    history = History(*low, dtype, entries=10)
+    history.check_betas(*high)
+    record(history, 1e-3, 1.0, *low)
+    before = [array.copy() for array in history.arrays]
+    with pytest.raises(HistoryFull):
+        history.recorded(1e-3, 1.0, *high, all_current=False)
+    for array, copy in zip(history.arrays, before, strict=True):
+        assert_same_bits(array, copy)
+    record(history, 1e-3, 1.0, *high, all_current=True)
+    assert history.start == 1
+    with pytest.raises(ValueError, match=r"got beta_1=0.9 and beta_2=0.5"):
+        history.check_betas(0.9, 0.5)
+
+
+def test_a_step_that_is_not_committed_has_not_been_taken():
+    history = History(0.9, 0.999, "float64", entries=10)
+    for _ in range(5):
+        record(history, 1e-3, 0.9, 0.9, 0.999)
+    steps = np.arange(6)
+    before = gaps(*history.arrays, steps)
+    for betas in ((0.9, 0.999), (0.8, 0.999), (0.9, 0.99)):
+        history.recorded(1e-3, 0.9, *betas, all_current=False)
+    assert history.steps == 5
+    for one, expected in zip(gaps(*history.arrays, steps), before, strict=True):
+        assert_same_bits(one[:, : expected.shape[1]], expected)
+    other = History(0.9, 0.999, "float64", entries=10)
+    for _ in range(6):
+        record(other, 1e-3, 0.9, 0.9, 0.999)
+    record(history, 1e-3, 0.9, 0.9, 0.999)
+    last = np.arange(7)
+    for one, expected in zip(
+        gaps(*history.arrays, last), gaps(*other.arrays, last), strict=True
+    ):
+        np.testing.assert_allclose(one[:, : expected.shape[1]], expected, rtol=1e-12)
 
 
 def test_products_do_not_leave_the_range_of_numbers():
     """100,000 steps that halve w, which float64 could not hold the product of."""
-    history = History(0.9, 0.999, "float64", 100_000)
-    for _ in range(history.sums.shape[0] - 1):
-        history.record(1e-3, 0.5, 0.9, 0.999)
-    assert history.is_full
+    history = History(0.9, 0.999, "float64", entries=100_000)
+    for _ in range(100_000):
+        record(history, 1e-3, 0.5, 0.9, 0.999)
     last = history.steps - np.array([0, 1, 3, 5000])
-    _, factors = history.missed(last)
+    _, factors = gaps(*history.arrays, last)
     assert factors[:, 0].tolist() == [1.0, 0.5, 0.125, 0.0]
     np.testing.assert_allclose(factors[:3, 2], [1, 0.999, 0.999**3], rtol=1e-12)
 
 
-# --- The compiled verbs are the reference -------------------------------------------------
+# --- The native verbs are the reference ---------------------------------------------------
 
 
 def table(rng, dtype, rows, length):
-    state = state_dtype(Storage(dtype))
+    state = PRECISION[dtype].state
     w = values(rng, (rows, length), dtype)
     m = values(rng, (rows, length), "float32").astype(state)
     u = np.abs(values(rng, (rows, length), "float32")).astype(state)
@@ -230,61 +277,153 @@ def table(rng, dtype, rows, length):
     return w, m, u
 
 
+@functools.cache
+def long_history(betas, dtype):
+    history = History(*betas, dtype, entries=2000)
+    history.clock[STEPS] = 2**33 + 3 - 1900
+    history.restart()
+    for t in range(1900):
+        record(history, 1e-3 * (t % 7), 0.0 if t == 700 else 0.999, *betas)
+    return history
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("length", [0, 1, 7, 64, 101])
+@pytest.mark.parametrize("length", [0, 1, 7, 64, 101, 600])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.99), (0.0, 0.3)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_verbs_are_the_reference(rng, dtype, betas, length, threads):
-    rows, now, storage = 997, 2**33 + 3, Storage(dtype)
-    history = History(*betas, state_dtype(storage), 2000)
-    for t in range(1900):
-        history.record(1e-3 * (t % 7), 0.0 if t == 700 else 0.999, *betas)
+@pytest.mark.parametrize("epsilon", [EPSILON, 0.0])
+def test_native_verbs_are_the_reference(rng, dtype, betas, length, threads, epsilon):
+    rows = 997
+    history = long_history(betas, state_dtype(PRECISION[dtype].state))
+    now = history.steps
     start = table(rng, dtype, rows, length)
-    gaps = rng.integers(0, 1900, rows)
-    gaps[:4] = 0, 1, 1900, 0
-    before = ((now - gaps) % 2**32).astype(np.uint32)
+    behind = rng.integers(0, 1900, rows)
+    behind[:4] = 0, 1, 1900, 0
+    before = ((now - behind) % 2**32).astype(np.uint32)
     ids = rng.integers(rows, size=700)
     results = []
-    for verbs in IMPLEMENTATIONS.values():
+    for implementation in IMPLEMENTATIONS:
         w, m, u = (array.copy() for array in start)
         stamps = before.copy()
-        copy = np.full((ids.size, length), 7, w.dtype)
-        addresses = np.array([a.ctypes.data for a in (w, m, u, stamps, copy)], np.int64)
-        groups = verbs.group_rows(ids, rows)
-        place = stamps.ctypes.data
-        first = verbs.find_behind(groups, place, now)
-        assert first == min(row for row in ids if gaps[row])
-        given = storage, groups, addresses, length, history, now, EPSILON, threads
-        count = verbs.catch_up_rows(*given)
-        assert count == np.count_nonzero(gaps[np.unique(ids)])
-        assert_same_bits(copy, w[ids])
-        assert verbs.find_behind(groups, place, now) == -1
-        untouched = np.setdiff1d(np.arange(rows), ids)
-        for array, other in zip((w, m, u), start, strict=True):
-            assert_same_bits(array[untouched], other[untouched])
-        assert verbs.catch_up_rows(*given) == 0
-        some = 5, rows - 5
-        rest = (addresses[:4].copy(), length, history, now, EPSILON, threads)
-        verbs.catch_up_table(storage, some, *rest)
-        verbs.stamp_rows(groups, place, now + 1)
-        assert (stamps[ids] == (now + 1) % 2**32).all()
+        given = w, m, u, stamps, history.arrays, epsilon
+        with Using(implementation) as verbs:
+            count = verbs.catch_up_rows(*given, ids, threads)
+            assert count == np.count_nonzero(behind[np.unique(ids)])
+            assert (stamps[ids] == now % 2**32).all()
+            untouched = np.setdiff1d(np.arange(rows), ids)
+            assert (stamps[untouched] == before[untouched]).all()
+            for array, other in zip((w, m, u), start, strict=True):
+                assert_same_bits(array[untouched], other[untouched])
+            assert verbs.catch_up_rows(*given, ids, threads) == 0
+            verbs.catch_up_range(*given, 5, rows - 5, threads)
+        assert (stamps[5:-5] == now % 2**32).all()
         beside = np.setdiff1d([0, 1, 2, 3, 4, rows - 1], ids)
         assert (stamps[beside] == before[beside]).all()
         results.append((w, m, u, stamps))
-    for compiled, reference in zip(*results, strict=True):
-        assert_same_bits(compiled, reference)
+    for result in results[:-1]:
+        for actual, expected in zip(result, results[-1], strict=True):
+            assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("verbs", IMPLEMENTATIONS)
-def test_no_rows_are_no_work(verbs):
-    verbs = IMPLEMENTATIONS[verbs]
-    history = History(0.9, 0.999, "float32", 3)
-    w = np.ones((4, 2), np.float32)
-    stamps = np.zeros(4, np.uint32)
-    groups = verbs.group_rows(np.zeros(0, np.int64), 4)
-    addresses = np.array([*[w.ctypes.data] * 3, stamps.ctypes.data, 0], np.int64)
-    given = Storage.FLOAT32, groups, addresses, 2, history, 1, EPSILON, 2
-    assert verbs.catch_up_rows(*given) == 0
-    assert verbs.find_behind(groups, stamps.ctypes.data, 1) == -1
-    verbs.stamp_rows(groups, stamps.ctypes.data, 1)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["C", "F", "strided", "misaligned", "negative"])
+def test_steps_stamp_commit_and_catch_up_rows_in_their_turn(rng, tmp_path, dtype, layout):
+    """A step of each implementation, from the same stale rows."""
+    rows, length, betas = 2000, 5, (0.5, 0.99)
+    state = PRECISION[dtype].state
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        generator = np.random.default_rng(5)
+        history = History(*betas, state, entries=10)  # 256: 16 rows take their turn
+        w, m, u = (
+            LAYOUTS[layout]((rows, length), np.dtype(d), tmp_path)[1]
+            for d in (PRECISION[dtype].dtype, state, state)
+        )
+        w[...] = values(generator, (rows, length), dtype)
+        stamps = np.zeros(rows, np.uint32)
+        with Using(implementation) as verbs:
+            for step in range(400):
+                ids = np.unique(generator.integers(rows, size=20))
+                g = values(generator, (len(ids), length), dtype)
+                verbs.catch_up_rows(w, m, u, stamps, history.arrays, EPSILON, ids, 2)
+                recorded = history.recorded(1e-3, 0.99, *betas, all_current=step == 0)
+                part = (
+                    w,
+                    m,
+                    u,
+                    ids,
+                    g,
+                    scalars(1e-3, 0.99),
+                    (stamps, *history.arrays, *recorded),
+                )
+                none = np.zeros((1, 8))
+                assert verbs.step((), (), (), (), none, [part], (), INF, INF, 2) is None
+                assert history.steps == step + 1
+                assert (stamps[ids] == step + 1).all()
+                assert (history.steps - stamps).max() <= history.entries // 2
+        results.append([np.array(x) for x in (w, m, u, stamps, *history.arrays)])
+    for result in results[:-1]:
+        for actual, expected in zip(result, results[-1], strict=True):
+            assert_same_bits(actual, expected)
+
+
+# --- Problems -----------------------------------------------------------------------------
+
+
+def stale_table(rows=6):
+    history = History(0.9, 0.999, "float32", entries=10)
+    for _ in range(3):
+        record(history, 1e-3, 1.0, 0.9, 0.999)
+    tables = np.ones((3, rows, 2), np.float32)
+    return tables, np.full(rows, 3, np.uint32), history
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gradient_of_a_stale_row_is_a_problem_and_changes_nothing(implementation):
+    tables, stamps, history = stale_table()
+    stamps[4] = 2
+    dense = np.ones((4, 2), np.float32)
+    before = [x.copy() for x in (*tables, stamps, *history.arrays, dense)]
+    recorded = history.recorded(1e-3, 1.0, 0.9, 0.999, all_current=False)
+    ids, g = np.array([1, 4, 5]), np.ones((3, 2), np.float32)
+    part = (*tables, ids, g, scalars(), (stamps, *history.arrays, *recorded))
+    with Using(implementation) as verbs:
+        columns = [[array] for array in dense]
+        given = *columns, scalars()[None], [part], (), INF, INF, 1
+        assert verbs.step(*given) == ("stale", 1, 4, 0)
+        stamps[4] = 4  # ahead of the history
+        kind = verbs.step(*given)[0]
+        assert kind in ("stale", "history")
+        stamps[4] = 2
+        for array, copy in zip(
+            (*tables, stamps, *history.arrays, dense), before, strict=True
+        ):
+            assert_same_bits(array, copy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wrong", [4, 3 + 2**31, 3 - 2**20])
+def test_a_stamp_that_the_history_does_not_have_is_a_problem(implementation, wrong):
+    tables, stamps, history = stale_table()
+    stamps[2] = np.uint32(wrong % 2**32)
+    before = tables.copy()
+    with Using(implementation) as verbs:
+        given = *tables, stamps, history.arrays, EPSILON
+        assert verbs.catch_up_rows(*given, np.array([1, 2]), 1) == ("history", 0, 2, 0)
+        assert verbs.catch_up_range(*given, 0, 6, 1) == ("history", 0, 2, 0)
+        assert_same_bits(tables[:, 2], before[:, 2])
+        too_short = *tables, stamps[:5].copy(), history.arrays, EPSILON
+        assert verbs.catch_up_rows(*too_short, np.array([1]), 1) == ("history", 0, -1, 0)
+        assert verbs.catch_up_range(*too_short, 0, 6, 1) == ("history", 0, -1, 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_rows_are_no_work(implementation):
+    tables, stamps, history = stale_table()
+    stamps[:] = 0
+    none = np.zeros(0, np.int64)
+    with Using(implementation) as verbs:
+        given = *tables, stamps, history.arrays, EPSILON
+        assert verbs.catch_up_rows(*given, none, 2) == 0
+        assert verbs.catch_up_range(*given, 3, 3, 2) == 0
     assert not stamps.any()

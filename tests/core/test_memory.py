@@ -1,44 +1,13 @@
-"""What is known of memory: overlaps, places of state, arrays that have not changed."""
+"""Memory: where state is put, and gradients that overlap what a step writes."""
 
 import pytest
+from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from verbs import INF, NATIVE, Using, scalars
 
 import numpy as np
-from adamax._kernels import _cpu, _reference
-from adamax._kernels._memory import LARGE, Ranges, zeros_beside
-
-ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=8)
-
-
-def _apart(pieces):
-    """Pieces with a distance to the one before and a size, as ranges that lie apart."""
-    end, made = 0, []
-    for distance, size in pieces:
-        made.append((end + distance, size))
-        end += distance + size
-    return np.array(made, np.int64).reshape(-1, 2)
-
-
-@given(pieces=ranges, others=ranges, seed=st.integers(0, 9))
-def test_overlaps_are_those_of_sets_of_bytes(pieces, others, seed):
-    written = np.random.default_rng(seed).permutation(_apart(pieces))
-    memory = Ranges(*written.T)
-    assert memory.lie_apart
-    touched = {byte for start, size in written for byte in range(start, start + size)}
-    others = [(start, size) for start, size in others if size]
-    overlaps = [not touched.isdisjoint(range(s, s + n)) for s, n in others]
-    assert [memory.overlap_one(start, size) for start, size in others] == overlaps
-    starts, sizes = np.array(others, np.int64).reshape(-1, 2).T
-    assert memory.overlap(starts, sizes) == any(overlaps)
-
-
-@given(pieces=ranges)
-def test_ranges_lie_apart_unless_two_have_a_byte_in_common(pieces):
-    starts, sizes = np.array(pieces, np.int64).reshape(-1, 2).T
-    bytes_of_all = [byte for s, n in pieces for byte in range(s, s + n)]
-    apart = len(bytes_of_all) == len(set(bytes_of_all))
-    assert Ranges(starts, sizes).lie_apart == apart
+from adamax._core.memory import LARGE, may_overlap_itself, zeros_beside
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -67,70 +36,56 @@ def test_large_arrays_of_one_pass_begin_at_different_places(size):
         assert [place % 65536 for place in places] == [16384, 32768]
 
 
-# --- Arrays that have not changed ---------------------------------------------------------
+@pytest.mark.parametrize(
+    ("shape", "strides", "overlaps"),
+    [
+        ((3, 4), (16, 4), False),
+        ((3, 4), (4, 12), False),
+        ((3, 4), (-16, 4), False),
+        ((3, 4), (0, 4), True),
+        ((3, 4), (8, 4), True),
+        ((1, 4), (0, 4), False),
+        ((2, 2, 2), (4, 8, 16), False),
+        ((2, 2, 2), (4, 4, 16), True),
+        ((), (), False),
+    ],
+)
+def test_arrays_that_may_overlap_themselves(shape, strides, overlaps):
+    room = np.zeros(100, np.float32)[40:]
+    array = np.lib.stride_tricks.as_strided(room, shape, strides)
+    assert may_overlap_itself(array) == overlaps
 
 
-class Subclass(np.ndarray):
-    pass
+# --- Overlaps -----------------------------------------------------------------------------
+
+slices = st.tuples(st.integers(0, 60), st.integers(0, 9), st.sampled_from([1, 2, -1]))
 
 
-def _read_only(array):
-    array.flags.writeable = False
-    return array
+def taken(room, start, size, step):
+    view = room[start : start + size * abs(step) : abs(step)]
+    return view if step > 0 else view[::-1]
 
 
-def _misaligned(array):
-    room = np.zeros(array.nbytes + 1, np.uint8)
-    made = room[1:].view(array.dtype).reshape(array.shape)
-    made[...] = array
-    return made
-
-
-ARRAYS = {
-    "plain": (lambda a: a.copy(), True, True),
-    "read-only": (_read_only, True, False),
-    "of another shape": (lambda a: a.T.copy(), False, False),
-    "of another rank": (lambda a: a[0].copy(), False, False),
-    "of other strides": (lambda a: np.asfortranarray(a), False, False),
-    "of another dtype": (lambda a: a.astype(np.float64), False, False),
-    "of another byte order": (lambda a: a.astype(">f4"), False, False),
-    "misaligned": (_misaligned, False, False),
-    "of a subclass": (lambda a: a.view(Subclass), False, False),
-    "no array": (lambda a: a.tolist(), False, False),
-}
-
-
-@pytest.mark.parametrize("verbs", [_cpu, _reference], ids=["cpu", "reference"])
-@pytest.mark.parametrize("other", ARRAYS)
-def test_arrays_are_found_only_as_they_were(rng, verbs, other):
-    change, readable, writeable = ARRAYS[other]
-    shapes = [(3, 4), (), (5, 2, 3), (0, 7)]
-    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    like = verbs.array_layouts(arrays)
-    for position in (0, 2):
-        given = list(arrays)
-        given[position] = change(given[position].copy())
-        for wanted, expected in ((False, readable), (True, writeable)):
-            addresses = verbs.find_arrays(like, given, writeable=wanted)
-            if expected:
-                assert addresses.tolist() == [array.ctypes.data for array in given]
-            else:
-                assert addresses is None
-
-
-@pytest.mark.parametrize("verbs", [_cpu, _reference], ids=["cpu", "reference"])
-def test_no_arrays_are_found_where_none_are_wanted(verbs):
-    assert verbs.find_arrays(verbs.array_layouts([]), [], writeable=True).shape == (0,)
-
-
-def test_the_address_of_an_array_is_that_of_its_first_element(rng):
-    array = rng.normal(size=(4, 6))
-    for view in (array, array[1:, ::2], array[::-1], array[:0], array.T, array[2, 3:4]):
-        assert _cpu.array_address(view) == view.ctypes.data
-
-
-def test_an_unknown_layout_of_arrays_is_refused(monkeypatch):
-    """As of a NumPy that is not known yet; nothing is read from a wrong place."""
-    monkeypatch.setattr(_cpu, "_DATA", _cpu._DATA + 8)
-    with pytest.raises(ImportError, match=r"^NumPy .* NUMBA_DISABLE_JIT=1 makes"):
-        _cpu._check_fields()
+@pytest.mark.skipif(not NATIVE, reason="the native core was not built")
+@given(pieces=st.lists(st.tuples(slices, slices), min_size=1, max_size=6))
+def test_gradients_are_read_first_and_parameters_updated_one_after_the_other(pieces):
+    """Parameters and gradients are all views of one array."""
+    rooms = np.random.default_rng(len(pieces)).normal(size=100).astype(np.float32)
+    rooms = [rooms.copy(), rooms.copy()]
+    columns = []
+    for room in rooms:
+        w = [taken(room, start, size, step) for (start, size, step), _ in pieces]
+        g = [
+            taken(room, start, len(x), step)
+            for x, (_, (start, _, step)) in zip(w, pieces, strict=True)
+        ]
+        state = [np.zeros(len(x), np.float32) for x in (*w, *w)]
+        columns.append([w, state[: len(w)], state[len(w) :], g])
+    with Using(NATIVE[0]) as verbs:
+        assert verbs.step(*columns[0], scalars()[None], (), (), INF, INF, 2) is None
+        w, m, u, g = columns[1]
+        g = [gradient.copy() for gradient in g]
+        for one in zip(w, m, u, g, strict=True):
+            each = [[array] for array in one]
+            assert verbs.step(*each, scalars()[None], (), (), INF, INF, 1) is None
+    assert_same_bits(*rooms)

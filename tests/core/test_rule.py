@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 
 import numpy as np
-from adamax import _rule
-from adamax._rule import Coefficients, Hyperparameters
+from adamax._core import rule
+from adamax._core.rule import Hyperparameters, Scalar, rounded, scalars_of
 
 NUMBERS = (
     "learning_rate",
@@ -28,7 +28,7 @@ INTERVALS = {
     "learning_rate": (r"\[0, inf\)", (0, 1e-300, 0.1, 1e300), (-1e-300, -1)),
     "beta_1": (r"\[0, 1\)", (0, 5e-324, 0.9, 1 - 2**-53), (-0.1, 1, 1.5)),
     "beta_2": (r"\[0, 1\)", (0, 5e-324, 0.999, 1 - 2**-53), (-0.1, 1, 1.5)),
-    "epsilon": (r"\[1\.175e-38, inf\)", (2.0**-126, 1e-7, 10), (0, 1e-39, -1e-7)),
+    "epsilon": (r"\[0, inf\)", (0, 5e-324, 1e-7, 10), (-1e-300, -1e-7)),
     "weight_decay": (r"\[0, inf\)", (0, 0.01, 3), (-0.01,)),
     "clipnorm": (r"\(0, inf\)", (5e-324, 1, 1e300), (0, -1)),
     "clipvalue": (r"\(0, inf\)", (5e-324, 1, 1e300), (0, -1)),
@@ -168,22 +168,22 @@ def test_hyperparameters_are_frozen():
 
 def test_settings_are_all_fields():
     given = {"learning_rate": 0.5, "beta_1": 0.25, "clipvalue": 2.0}
-    settings = _rule.settings(Hyperparameters(**given))
+    settings = rule.settings(Hyperparameters(**given))
     assert settings.items() >= given.items()
     assert Hyperparameters(**settings) == Hyperparameters(**given)
 
 
 def test_unknown_entries_are_named_with_a_hint():
-    _rule.reject_unknown([], ["beta_1"], "argument")
-    _rule.reject_unknown(["beta_1"], ["beta_1"], "argument")
+    rule.reject_unknown([], ["beta_1"], "argument")
+    rule.reject_unknown(["beta_1"], ["beta_1"], "argument")
     with pytest.raises(
         TypeError, match=r"^unknown argument 'beta1'; did you mean 'beta_1'\? \(known: "
     ):
-        _rule.reject_unknown(["beta_1", "beta1"], ["beta_1", "beta_2"], "argument")
+        rule.reject_unknown(["beta_1", "beta1"], ["beta_1", "beta_2"], "argument")
     with pytest.raises(
         TypeError, match=r"^unknown argument 'zzz' \(known: beta_1, beta_2\)$"
     ):
-        _rule.reject_unknown(["zzz"], ["beta_1", "beta_2"], "argument")
+        rule.reject_unknown(["zzz"], ["beta_1", "beta_2"], "argument")
 
 
 # --- The learning rate of a step ----------------------------------------------------------
@@ -192,11 +192,11 @@ def test_unknown_entries_are_named_with_a_hint():
 def test_schedules_get_the_step():
     steps = []
     for step in (0, 7):
-        assert _rule.learning_rate_at(lambda s: steps.append(s) or 0.5, step) == 0.5
+        assert rule.learning_rate_at(lambda s: steps.append(s) or 0.5, step) == 0.5
     assert steps == [0, 7]
     assert all(type(step) is int for step in steps)
-    assert _rule.learning_rate_at(0.25, 3) == 0.25
-    assert _rule.learning_rate_at(np.array(0.25), 3) == 0.25
+    assert rule.learning_rate_at(0.25, 3) == 0.25
+    assert rule.learning_rate_at(np.array(0.25), 3) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_schedules_get_the_step():
 )
 def test_what_a_schedule_returns_is_checked(returned, error, expected):
     with pytest.raises(error, match=expected):
-        _rule.learning_rate_at(lambda step: returned, 4)
+        rule.learning_rate_at(lambda step: returned, 4)
 
 
 # --- Scalars, against exact arithmetic ----------------------------------------------------
@@ -234,18 +234,18 @@ def test_step_size_is_exact_to_a_few_roundings(beta_1, t):
     # The logarithm, its product with t, expm1 and the quotient: each rounds once, and an
     # error of the exponent x reaches expm1(x) at most unamplified.
     exact = _exact_step_size(0.002, beta_1, t)
-    error = abs(Fraction(_rule.step_size(0.002, beta_1, t)) - exact) / exact
+    error = abs(Fraction(rule.step_size(0.002, beta_1, t)) - exact) / exact
     assert error <= 5 * 2**-53
 
 
 def test_step_size_ends_at_the_learning_rate():
-    assert _rule.step_size(0.3, 0.9, 1000) == 0.3
-    assert _rule.step_size(0.0, 0.9, 1) == 0.0
+    assert rule.step_size(0.3, 0.9, 1000) == 0.3
+    assert rule.step_size(0.0, 0.9, 1) == 0.0
 
 
 def test_decay_factor():
-    assert _rule.decay_factor(0.25, 0.5) == 0.875
-    assert _rule.decay_factor(0.25, 0.0) == 1.0
+    assert rule.decay_factor(0.25, 0.5) == 0.875
+    assert rule.decay_factor(0.25, 0.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -259,15 +259,36 @@ def test_decay_factor():
     ],
 )
 def test_clip_factor(norm, limit, expected):
-    assert _rule.clip_factor(norm, limit) == expected
+    assert rule.clip_factor(norm, limit) == expected
 
 
 def test_clip_factor_does_not_hide_nan():
-    assert math.isnan(_rule.clip_factor(math.nan, 1.0))
+    assert math.isnan(rule.clip_factor(math.nan, 1.0))
 
 
-def test_coefficients():
+def test_scalars_are_in_their_columns():
     hyperparameters = Hyperparameters(beta_1=0.75, beta_2=0.5, epsilon=0.25)
-    assert Coefficients.of(hyperparameters) == Coefficients(0.25, 0.5, 0.25, math.inf)
+    scalars = scalars_of(hyperparameters, 0.125, 0.875, 3.0, 4.0)
+    expected = {
+        Scalar.STEP_SIZE: 0.125,
+        Scalar.DECAY: 0.875,
+        Scalar.SCALE: 3.0,
+        Scalar.COUPLED_DECAY: 4.0,
+        Scalar.ONE_MINUS_BETA_1: 0.25,
+        Scalar.BETA_2: 0.5,
+        Scalar.EPSILON: 0.25,
+        Scalar.CLIPVALUE: math.inf,
+    }
+    assert dict(zip(Scalar, scalars.tolist(), strict=True)) == expected
     clipped = dataclasses.replace(hyperparameters, clipvalue=2)
-    assert Coefficients.of(clipped).clipvalue == 2.0
+    assert scalars_of(clipped, 0.0, 1.0)[Scalar.CLIPVALUE] == 2.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_finite_numbers_stay_finite_when_they_are_rounded(dtype):
+    largest = float(np.finfo(dtype).max)
+    for number in (0.0, 0.1, -1e39, 1e300, -1e300, largest):
+        assert rounded(number, dtype) == np.clip(number, -largest, largest).astype(dtype)
+        assert np.isfinite(rounded(number, dtype))
+    assert rounded(math.inf, dtype) == math.inf
+    assert math.isnan(rounded(math.nan, dtype))

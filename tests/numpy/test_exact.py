@@ -267,12 +267,17 @@ def test_what_has_no_rows_cannot_be_looked_up():
         Adamax(sparse="exact").flush([[1.0]])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (layout, dtype)
+        for layout in LAYOUTS
+        for dtype in ("float32", "float64", "bfloat16")
+        if not ("swapped" in layout and dtype == "bfloat16")  # has no other byte order
+    ],
+)
 def test_tables_may_lie_in_memory_as_they_like(tmp_path, layout, dtype):
     stored = PRECISION[dtype].dtype
-    if "swapped" in layout and dtype == "bfloat16":
-        pytest.skip("has no other byte order")
     start = values(np.random.default_rng(1), (40, 3), dtype)
     results = []
     for name in ("C", layout):

@@ -70,6 +70,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "short norm": {"beta_1": 0.95, "beta_2": 0.5},
     "large epsilon": {"epsilon": 0.5, "learning_rate": 0.1},
     "smallest epsilon": {"epsilon": 2.0**-126},
+    "no epsilon": {"epsilon": 0.0},
     "weight decay": {"learning_rate": 0.1, "weight_decay": 0.3},
     "scheduled decay": {"learning_rate": lambda step: 0.2**step, "weight_decay": 0.1},
     "clipnorm": {"clipnorm": 0.7},

@@ -152,7 +152,8 @@ def _stepped(rule: Rule, state: State, gradient: Gradient, number: int) -> State
     decay = 1 - rule.learning_rate_at(number) * rule.weight_decay
     new.m[at] = rule.beta_1 * state.m[at] + (1 - rule.beta_1) * g
     new.u[at] = np.maximum(rule.beta_2 * state.u[at], np.abs(g))
-    new.w[at] = decay * state.w[at] - rule.step_size(number) * new.m[at] / (
-        new.u[at] + rule.epsilon
-    )
+    denominator = new.u[at] + rule.epsilon
+    moves = denominator != 0  # else only gradients of zero have been seen
+    quotient = np.divide(new.m[at], denominator, where=moves, out=np.zeros_like(new.m[at]))
+    new.w[at] = decay * state.w[at] - rule.step_size(number) * quotient
     return new

@@ -155,6 +155,7 @@ class History:
     step. The learning rate, weight decay and betas may differ from step to step.
 
     Attributes:
+        arrays: ``sums``, ``products`` and ``clock``, as the verbs take them.
         sums: ``(entries, terms)``, the ``S_n`` of the module's docstring. Those of an entry
             that is older than the window are of ``window`` steps after it, and are to be
             multiplied by the decay of all later steps.
@@ -179,26 +180,50 @@ class History:
         self, beta_1: float, beta_2: float, dtype: npt.DTypeLike, entries: int
     ) -> None:
         self.dtype = np.dtype(dtype)
-        expansion = Expansion.of(beta_1, beta_2, dtype)
-        entries = _power_of_two(max(entries, 4 * expansion.window))
-        # Zeros take up memory only where steps have been recorded.
-        self.sums: Float64Array = np.zeros((entries, expansion.terms))
-        self.products: Float64Array = np.zeros((entries, 2 * _FACTORS))
-        self.clock: Int64Array = np.zeros(6, np.int64)
+        # Zeros take up memory only where steps have been recorded. The arrays are replaced
+        # together, so that an interrupt cannot come between.
+        self.arrays: tuple[Float64Array, Float64Array, Int64Array] = (
+            np.zeros((_power_of_two(entries), 1)),
+            np.zeros((_power_of_two(entries), 2 * _FACTORS)),
+            np.zeros(6, np.int64),
+        )
         self._restart(beta_1, beta_2)
+
+    @property
+    def sums(self) -> Float64Array:
+        return self.arrays[0]
+
+    @property
+    def products(self) -> Float64Array:
+        return self.arrays[1]
+
+    @property
+    def clock(self) -> Int64Array:
+        return self.arrays[2]
 
     def restart(self) -> None:
         """Begin anew at the present step, with which all rows are up to date."""
         self._restart(*self._betas)
 
     def _restart(self, beta_1: float, beta_2: float) -> None:
+        expansion = Expansion.of(beta_1, beta_2, self.dtype)
+        sums, products, clock = self.arrays
+        shape = self._shape_for(expansion.window, expansion.terms)
+        if shape != sums.shape:
+            sums, products = np.zeros(shape), np.zeros((shape[0], 2 * _FACTORS))
+        clock = clock.copy()
+        clock[WINDOW], clock[START] = expansion.window, self.steps
+        products[self.steps & (len(products) - 1)] = [1, 1, 1, 0, 0, 0]
+        self.arrays = sums, products, clock
         self._betas = beta_1, beta_2
         self._extremes = beta_1, beta_2  # the largest beta_1 and the smallest beta_2
         self._weights: Float64Array | None = None
         self._same_betas_since = self.steps
-        self.products[self.steps & (self.entries - 1)] = [1, 1, 1, 0, 0, 0]
-        self.clock[WINDOW] = Expansion.of(beta_1, beta_2, self.dtype).window
-        self.clock[START] = self.steps
+
+    def _shape_for(self, window: int, terms: int) -> tuple[int, int]:
+        """Of sums that have room for so long a window and so many terms."""
+        entries = max(self.entries, _power_of_two(4 * window))
+        return entries, max(self.terms, terms)
 
     @property
     def steps(self) -> int:
@@ -223,11 +248,6 @@ class History:
     def terms(self) -> int:
         terms: int = self.sums.shape[1]
         return terms
-
-    @property
-    def arrays(self) -> tuple[Float64Array, Float64Array, Int64Array]:
-        """What the verbs are given."""
-        return self.sums, self.products, self.clock
 
     def check_betas(self, beta_1: float, beta_2: float, names: Any = None) -> None:
         """Raise a ValueError if no history could have these betas."""
@@ -256,10 +276,10 @@ class History:
             HistoryFull: the betas of the steps that rows have yet to take would need too
                 many terms together; not with ``all_current``.
         """
-        window = self._prepare_for(beta_1, beta_2, all_current)
+        self._prepare_for(beta_1, beta_2, all_current)
         steps, now, last = self.steps, self.steps + 1, self.entries - 1
         clock = self.clock.copy()
-        clock[STEPS], clock[WINDOW] = now, window
+        clock[STEPS] = now
         products = self.products[steps & last].copy()
         for column, factor in enumerate((decay, beta_1, beta_2)):
             if factor == 0.0:
@@ -268,21 +288,15 @@ class History:
             products[column] = mantissa
             products[column + _FACTORS] += exponent
 
-        entries = np.arange(max(self.start, now - window), now)
+        entries = np.arange(max(self.start, now - self.window), now)
         sums = np.zeros((len(entries) + 1, self.terms))
         changing = sums[:-1]
-        changing[:] = self.sums[entries & last]
-        if window > self.window:
-            # Entries that were final are not any more. So far they lack some decay.
-            final = np.minimum(entries + self.window, steps)
-            changing *= product_since(DECAY, self.products, self.clock, final)[:, None]
-        if decay != 1.0:
-            changing *= decay
+        np.multiply(self.sums[entries & last], decay, out=changing)
         if beta_1 != 0.0:
             if self._same_betas_since > entries[0]:
                 weights = self._mixed_weights(entries, products, clock)
             else:
-                weights = self._same_weights(window)[now - entries - 1]
+                weights = self._same_weights()[now - entries - 1]
             changing += step_size * weights
         return Recorded(sums, products, clock)
 
@@ -290,40 +304,46 @@ class History:
         """Take the step that :meth:`recorded` described: all rows are a step behind."""
         commit(*self.arrays, recorded)
 
-    def _prepare_for(self, beta_1: float, beta_2: float, all_current: bool) -> int:
-        """Make room for a step with these betas; returns the window that it needs."""
-        if self._betas != (beta_1, beta_2):
-            extremes = max(self._extremes[0], beta_1), min(self._extremes[1], beta_2)
-            if all_current:
-                self._restart(beta_1, beta_2)
-                extremes = beta_1, beta_2
-            expansion = _expansion(*extremes, self.dtype)
-            if expansion is None:
-                raise HistoryFull
-            self._grow(expansion)
-            self._extremes, self._betas = extremes, (beta_1, beta_2)
-            self._weights, self._same_betas_since = None, self.steps
-        needed = _expansion(*self._extremes, self.dtype)
-        assert needed is not None
-        return max(self.window, needed.window)
+    def _prepare_for(self, beta_1: float, beta_2: float, all_current: bool) -> None:
+        """Make room for a step with these betas."""
+        if self._betas == (beta_1, beta_2):
+            return
+        if all_current:
+            self._restart(beta_1, beta_2)
+        extremes = max(self._extremes[0], beta_1), min(self._extremes[1], beta_2)
+        expansion = _expansion(*extremes, self.dtype)
+        if expansion is None:
+            raise HistoryFull
+        self._grow(expansion)
+        self._extremes, self._betas = extremes, (beta_1, beta_2)
+        self._weights, self._same_betas_since = None, self.steps
 
     def _grow(self, expansion: Expansion) -> None:
-        """Make room for more terms and a longer window."""
-        entries = max(self.entries, _power_of_two(4 * expansion.window))
-        terms = max(self.terms, expansion.terms)
-        if (entries, terms) == self.sums.shape:
+        """Make room for more terms and a longer window; seldom, if betas rise steadily."""
+        window = self.window
+        if window < expansion.window:
+            window = max(expansion.window, min(2 * window, _LONGEST_WINDOW))
+        entries, terms = self._shape_for(window, expansion.terms)
+        if (entries, terms, window) == (*self.sums.shape, self.window):
             return
         live = np.arange(max(self.start, self.steps - self.entries + 1), self.steps + 1)
         old, new = live & (self.entries - 1), live & (entries - 1)
         sums, products = np.zeros((entries, terms)), np.zeros((entries, 2 * _FACTORS))
-        sums[new, : self.terms] = self.sums[old]
+        # Sums that were final are now final at a later step, after more decay.
+        final, until = (np.minimum(live + w, self.steps) for w in (self.window, window))
+        zero = self.clock[LAST_ZERO + DECAY]
+        before, after = (self.products[s & (self.entries - 1)] for s in (final, until))
+        decay = _product(DECAY, before, after, (final < zero) & (zero <= until))
+        sums[new, : self.terms] = self.sums[old] * decay[:, None]
         products[new] = self.products[old]
-        self.sums, self.products = sums, products
+        clock = self.clock.copy()
+        clock[WINDOW] = window
+        self.arrays = sums, products, clock
 
-    def _same_weights(self, window: int) -> Float64Array:
+    def _same_weights(self) -> Float64Array:
         """The weights where betas have been these for all of the window."""
-        if self._weights is None or len(self._weights) < window:
-            self._weights = _weights(*_series(*self._betas, window), self.terms)
+        if self._weights is None:
+            self._weights = _weights(*_series(*self._betas, self.window), self.terms)
         return self._weights
 
     def _mixed_weights(
@@ -368,8 +388,9 @@ def product_since(
 def _product(
     column: int, before: Float64Array, after: Float64Array, zero: npt.NDArray[np.bool_]
 ) -> Float64Array:
-    exponents = after[column + _FACTORS] - before[:, column + _FACTORS]
-    exact = np.ldexp(after[column] / before[:, column], exponents.astype(np.int32))
+    after = np.atleast_2d(after)
+    exponents = after[:, column + _FACTORS] - before[:, column + _FACTORS]
+    exact = np.ldexp(after[:, column] / before[:, column], exponents.astype(np.int32))
     return np.where(zero, 0.0, exact)
 
 

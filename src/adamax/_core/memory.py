@@ -33,3 +33,15 @@ def zeros_beside(
     wanted = address - address % dtype.itemsize + number * _STEP
     start = (wanted - room.ctypes.data) % _PERIOD
     return room[start : start + size].view(dtype).reshape(shape, order=order)
+
+
+def may_overlap_itself(array: npt.NDArray[Any]) -> bool:
+    """Whether dimensions reach into each other's strides, as only as_strided makes them."""
+    if array.size == 0:
+        return False
+    reach = array.itemsize
+    for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -15,6 +15,7 @@ import numpy as np
 
 from .exact import START, STEPS, Recorded, commit, gaps
 from .kernels import OPERANDS, Float64Array
+from .memory import may_overlap_itself
 from .rule import Scalar, clip_factor, rounded
 
 Array = npt.NDArray[Any]
@@ -49,14 +50,16 @@ def step(
         problem: tuple[str, int, int, int] = stopped.args[0]
         return problem
     of_parts = [*np.broadcast_to(scalars, (len(w), 8)), *(table[5] for table in tables)]
-    norms = [part.norm() for part in parts] if parts else []
-    if global_clipnorm < math.inf:
-        norms = [float(np.linalg.norm(norms))] * len(parts)
     limit = min(clipnorm, global_clipnorm)
-    for part, part_scalars, norm in zip(parts, of_parts, norms, strict=True):
+    factors = [1.0] * len(parts)
+    if limit < math.inf:
+        norms = [part.norm() for part in parts]
+        if global_clipnorm < math.inf:
+            norms = [_norm(np.array(norms))] * len(parts)
+        factors = [clip_factor(norm, limit) for norm in norms]
+    for part, part_scalars, factor in zip(parts, of_parts, factors, strict=True):
         chosen = part_scalars.copy()
-        if limit < math.inf:
-            chosen[Scalar.SCALE] *= clip_factor(norm, limit)
+        chosen[Scalar.SCALE] *= factor
         part.update(chosen)
     for counter in steps:
         counter.array[...] += 1
@@ -144,7 +147,8 @@ class _Operand:
         words = self.array[at]
         if self.dtype == "bfloat16":
             words = (words.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(words.astype(self.number))
+        with np.errstate(invalid="ignore"):  # of a NaN that signals
+            return np.asarray(words.astype(self.number))
 
     def write(self, numbers: Array, at: Any = ...) -> None:
         if self.dtype == "bfloat16":
@@ -216,7 +220,12 @@ class _Table:
             fits = operand.array.shape == self.w.array.shape and (
                 place == 0 or operand.dtype == number
             )
-            if not (fits and operand.array.flags.writeable):
+            array = operand.array
+            if not (fits and array.flags.writeable) or may_overlap_itself(array):
+                raise _Stopped(("unfit", where, place, 0))
+        addresses = [x.array.ctypes.data for x in (self.w, self.m, self.u) if x.array.size]
+        for place, address in enumerate(addresses):
+            if address in addresses[:place]:
                 raise _Stopped(("unfit", where, place, 0))
 
     def stepped(self, g: Array, scalars: Float64Array, at: Any) -> None:
@@ -351,8 +360,8 @@ def _scaled(g: Array, scale: float, number: Any, wide: bool) -> Array:
 
 def _norm(g: Array) -> float:
     """The L2 norm, whose squares may leave the range of float64."""
-    g = g.astype(np.float64)
     with np.errstate(all="ignore"):
+        g = g.astype(np.float64)
         largest = float(np.max(np.abs(g), initial=0.0))
         if not 0.0 < largest < math.inf:
             return largest
