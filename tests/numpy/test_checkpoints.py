@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -603,6 +604,225 @@ def test_without_safetensors_files_are_refused_and_all_else_works(run_python, tm
     assert not list(tmp_path.iterdir())
 
 
+# --- Files as users have them -------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
+def test_saving_through_a_link_replaces_what_it_points_to(saved):
+    optimizer, w, path = saved
+    link = path.with_name("latest")
+    link.symlink_to(path.name)
+    optimizer.apply_gradients([(w.copy(), w)])
+    optimizer.save(link)
+    assert link.is_symlink()
+    assert not path.is_symlink()
+    other = Adamax()
+    other.load(path, [w])
+    assert other.iterations == optimizer.iterations
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_file_keeps_its_mode(saved, mode):
+    optimizer, _, path = saved
+    path.chmod(mode)
+    optimizer.save(path)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX")
+def test_a_new_file_has_the_mode_of_any_new_file(saved, run_python, tmp_path):
+    program = """
+        import os, sys
+        import numpy as np
+        from adamax import Adamax
+        os.umask(0o027)
+        w, optimizer = np.ones(3), Adamax()
+        optimizer.build([w])
+        optimizer.save(sys.argv[1])
+    """
+    run_python(program, tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(saved):
+    optimizer, w, path = saved
+    long = path.with_name("n" * 255)
+    optimizer.save(long)
+    Adamax().load(long, [w])
+
+
+KILLED_WHILE_SAVING = """
+    import os, signal, sys
+    import numpy as np
+    from adamax import Adamax
+    w, optimizer = np.ones(1000), Adamax()
+    optimizer.build([w])
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.save(sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+def test_what_a_killed_save_leaves_is_removed_by_the_next_one(saved, run_python):
+    optimizer, _, path = saved
+    before = path.read_bytes()
+    for number in (1, 1, 1):  # each removes what the one before left
+        run_python(KILLED_WHILE_SAVING, path, returns=-signal.SIGKILL)
+        assert len(list(path.parent.iterdir())) == 1 + number
+    assert path.read_bytes() == before
+    # Those of other files, and of writers that are alive, stay.
+    beside = path.with_name("other")
+    run_python(KILLED_WHILE_SAVING, beside, returns=-signal.SIGKILL)
+    optimizer.save(path)
+    assert len(list(path.parent.iterdir())) == 2
+    optimizer.save(beside)
+    assert sorted(path.parent.iterdir()) == sorted([path, beside])
+
+
+def test_two_may_save_to_one_path_at_once(saved):
+    optimizer, w, path = saved
+    errors = []
+
+    def save():
+        try:
+            for _ in range(20):
+                optimizer.save(path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert list(path.parent.iterdir()) == [path]
+    Adamax().load(path, [w])
+
+
+# --- Files of earlier versions ------------------------------------------------------------
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("mode", ["lazy", "exact"])
+def test_files_of_the_first_version_go_on(mode):
+    """Written by the version before the native core, with the parameters it ended with."""
+    expected = np.load(DATA / f"{mode}.npz")
+    names = ("table", "weights", "half")
+    parameters = {name: expected[f"before.{name}"].copy() for name in names}
+    table, weights, half = parameters.values()
+    optimizer = Adamax(0.05, weight_decay=0.1, sparse=mode, clipnorm=2.0)
+    optimizer.load(DATA / f"{mode}.safetensors", parameters)
+    assert optimizer.iterations == 20
+    rng = np.random.default_rng(7)
+    rng.normal(size=50 * 4 + 3 + 2 * 3)
+    for step in range(30):
+        ids = rng.integers(0, 50, 5)
+        if step < 20:
+            continue
+        rows = optimizer.lookup(table, ids)
+        optimizer.apply_gradients(
+            [
+                (IndexedSlices(rows - 1, ids), table),
+                (weights - 2, weights),
+                ((half.astype(np.float32) - 1).astype(np.float16), half),
+            ]
+        )
+    optimizer.flush()
+    for name, array in parameters.items():
+        tolerance = {"table": 1e-6, "weights": 1e-12, "half": 2e-3}[name]
+        np.testing.assert_allclose(array, expected[name], rtol=tolerance, atol=tolerance)
+
+
+# --- State from outside -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2**53, 2**63 - 1, -1, np.array(2**64 - 1, np.uint64)])
+def test_step_counts_out_of_range_are_refused(count):
+    w, optimizer = np.ones(2), Adamax()
+    optimizer.apply_gradients([(np.ones(2), w)])
+    before = contents(optimizer, [w])
+    state = {**optimizer.state_dict(), "iterations": np.asarray(count)}
+    expected = r"^state_dict\['iterations'\] must be in \[0, 2\*\*53\), got "
+    with pytest.raises(ValueError, match=expected):
+        optimizer.load_state_dict(state)
+    assert_same_contents(contents(optimizer, [w]), before)
+    optimizer.load_state_dict({**optimizer.state_dict(), "iterations": 2**53 - 1})
+    optimizer.apply_gradients([(np.ones(2), w)])
+    assert optimizer.iterations == 2**53
+
+
+class Unreadable(np.ndarray):
+    """As of a file on a disk that fails."""
+
+    def __getitem__(self, key):
+        raise OSError("no such sector")
+
+
+def test_an_entry_that_cannot_be_read_changes_nothing():
+    w, optimizer = np.ones((4, 3)), Adamax()
+    optimizer.apply_gradients([(np.ones((4, 3)), w)])
+    before = contents(optimizer, [w])
+    state = {name: entry + 1 for name, entry in optimizer.state_dict().items()}
+    state["0.u"] = state["0.u"].view(Unreadable)
+    with pytest.raises(OSError, match="no such sector"):
+        optimizer.load_state_dict(state)
+    assert_same_contents(contents(optimizer, [w]), before)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_file_that_cannot_be_read_changes_nothing(tmp_path, monkeypatch, in_files):
+    from adamax.numpy import checkpoint
+
+    w = np.ones((4, 3))
+    optimizer = Adamax(state_dir=tmp_path / "state" if in_files else None)
+    optimizer.apply_gradients([(np.ones((4, 3)), w)])
+    optimizer.save(tmp_path / "file")
+    optimizer.apply_gradients([(np.ones((4, 3)), w)])
+    before = contents(optimizer, [w])
+    read, calls = checkpoint._Entry.__getitem__, []
+
+    def fails(entry, key):
+        calls.append(key)
+        if len(calls) == 3:
+            raise OSError("no such sector")
+        return read(entry, key)
+
+    monkeypatch.setattr(checkpoint._Entry, "__getitem__", fails)
+    with pytest.raises(OSError, match="no such sector"):
+        optimizer.load(tmp_path / "file")
+    assert_same_contents(contents(optimizer, [w]), before)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_state_can_be_exchanged_with_itself(tmp_path, in_files):
+    w = np.ones(3)
+    optimizer = Adamax(state_dir=tmp_path if in_files else None)
+    optimizer.apply_gradients([(np.array([1.0, 2.0, 3.0]), w)])
+    state = optimizer.state_dict()
+    m, u = state["0.m"].copy(), state["0.u"].copy()
+    optimizer.load_state_dict({**state, "0.m": state["0.u"], "0.u": state["0.m"]})
+    state = optimizer.state_dict()
+    assert_same_bits(np.asarray(state["0.m"]), u)
+    assert_same_bits(np.asarray(state["0.u"]), m)
+
+
+def test_tensors_are_state_too(torch):
+    w, optimizer = np.ones(3), Adamax()
+    optimizer.apply_gradients([(np.ones(3), w)])
+    state = {n: torch.from_numpy(x.copy()) for n, x in optimizer.state_dict().items()}
+    other = Adamax()
+    other.load_state_dict(state, [w])
+    assert_same_contents(contents(other, [w]), contents(optimizer, [w]))
+    for wrong in ("1", torch.ones(3, dtype=torch.int32), object()):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^state_dict\['0.m'\] must have"
+        ):
+            other.load_state_dict({**state, "0.m": wrong})
+
+
 # --- Copies -------------------------------------------------------------------------------
 
 
@@ -636,6 +856,67 @@ def test_a_pickle_of_an_optimizer_brings_its_arrays():
     optimizer.build({"weights": w})
     again = pickle.loads(pickle.dumps(optimizer))
     assert list(again.state_dict()) == ["iterations", "weights.m", "weights.u"]
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "joblib"])
+def test_a_copy_does_not_begin_anew_for_other_arrays(way):
+    """Without bias correction the first step would be ten times as long."""
+    w, optimizer = np.ones(3), Adamax(0.1)
+    for _ in range(5):
+        optimizer.apply_gradients([(np.ones(3), w)])
+    if way == "joblib":  # which pickles through a buffer of its own
+        copied = pickle.loads(pickle.dumps(optimizer, protocol=pickle.HIGHEST_PROTOCOL))
+    else:
+        copied = (
+            copy.deepcopy(optimizer)
+            if way == "deepcopy"
+            else pickle.loads(pickle.dumps(optimizer))
+        )
+    before = w.copy()
+    for call in (
+        lambda: copied.apply_gradients([(np.ones(3), w)]),
+        lambda: copied.lookup(w, [0]),
+        lambda: copied.flush(w),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^this optimizer is a copy, .*load_state_dict"
+        ):
+            call()
+    assert_same_bits(w, before)
+    copied.load_state_dict(copied.state_dict(), [w])
+    other = w.copy()
+    copied.apply_gradients([(np.ones(3), w)])
+    assert copied.iterations == 6
+    again = Adamax(0.1)
+    again.load_state_dict(optimizer.state_dict(), [other])
+    again.apply_gradients([(np.ones(3), other)])
+    assert_same_bits(w, other)
+    # And now it takes new arrays, as the first one does.
+    new = np.ones(2)
+    copied.apply_gradients([(np.ones(2), new)])
+
+
+def test_a_copy_is_bound_to_other_arrays_by_name():
+    arrays = {"a": np.ones(3), "b": np.ones(2)}
+    optimizer = Adamax()
+    optimizer.build(arrays)
+    optimizer.apply_gradients([(np.full(3, 2.0), arrays["a"])])
+    copied = copy.deepcopy(optimizer)
+    other = {"b": np.ones(2), "a": np.ones(3)}
+    with pytest.raises(ValueError, match=r"^state_dict has entries that belong to no"):
+        copied.load_state_dict(copied.state_dict(), {"a": other["a"]})
+    copied.load_state_dict(copied.state_dict(), other)
+    assert list(copied.state_dict()) == ["iterations", "b.m", "b.u", "a.m", "a.u"]
+    assert_same_bits(copied.state_dict()["a.u"], np.full(3, 2.0))
+
+
+def test_a_copy_can_be_given_new_arrays():
+    w, optimizer = np.ones(3), Adamax()
+    optimizer.apply_gradients([(np.ones(3), w)])
+    copied, own = copy.deepcopy((optimizer, w))
+    new = np.ones(2)
+    copied.build([new])
+    copied.apply_gradients([(np.ones(3), own), (np.ones(2), new)])
 
 
 def test_errors_are_the_same_after_a_copy():
@@ -782,3 +1063,74 @@ def test_a_file_does_not_depend_on_the_layout(rng, tmp_path, dtype):
     assert loaded[0]["0.m"].dtype == PRECISION[dtype].state
     for name, entry in loaded[0].items():
         assert_same_bits(loaded[1][name], entry, name)
+
+
+# --- State in files -----------------------------------------------------------------------
+
+BUILD_ON_A_FULL_DISK = """
+    import errno, os, sys
+    import numpy as np
+    from adamax import Adamax
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    table = np.ones((1000, 8), np.float32)
+    reserve, os.posix_fallocate = os.posix_fallocate, full
+    optimizer = Adamax(state_dir=sys.argv[1])
+    for _ in range(2):
+        try:
+            optimizer.build([table])
+        except OSError as error:
+            print(error.errno == errno.ENOSPC, len(os.listdir(sys.argv[1])))
+    os.posix_fallocate = reserve
+    optimizer.build([table])
+    print(len(os.listdir(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space cannot be reserved")
+def test_a_full_disk_is_an_error_when_state_is_made(run_python, tmp_path):
+    text = run_python(BUILD_ON_A_FULL_DISK, tmp_path / "state")
+    assert text.splitlines() == ["True 0", "True 0", "2"]
+
+
+def test_an_interrupted_build_can_be_repeated(tmp_path, monkeypatch):
+    tables = [np.ones((10, 2)), np.ones(3)]
+    optimizer = Adamax(state_dir=tmp_path)
+    make, calls = np.lib.format.open_memmap, []
+
+    def interrupted(*arguments, **options):
+        array = make(*arguments, **options)
+        calls.append(array)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return array
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.build(tables)
+    assert files_in(tmp_path) == []
+    optimizer.build(tables)
+    assert len(files_in(tmp_path)) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_write_to_the_state_of_its_parent(run_python, tmp_path):
+    program = """
+        import os, sys
+        import numpy as np
+        from adamax import Adamax
+        table = np.ones((10, 2))
+        optimizer = Adamax(state_dir=sys.argv[1])
+        optimizer.apply_gradients([(table, table)])
+        child = os.fork()
+        if not child:
+            try:
+                optimizer.apply_gradients([(table, table)])
+            except RuntimeError as error:
+                os._exit(17 if "forked process" in str(error) else 1)
+            os._exit(2)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert run_python(program, tmp_path / "state") == "17"

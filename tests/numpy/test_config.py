@@ -422,3 +422,53 @@ def test_modules_of_a_configuration_are_not_imported(run_python):
         assert "this" not in sys.modules
         """
     )
+
+
+# --- Attributes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("learning_rate", 0.5, -1),
+        ("beta_1", 0.5, 1.0),
+        ("beta_2", 0.5, math.nan),
+        ("epsilon", 0.0, -1e-9),
+        ("weight_decay", 0.1, -0.1),
+        ("clipnorm", 1.0, 0),
+        ("clipvalue", 1.0, -1),
+        ("global_clipnorm", 1.0, "1"),
+        ("sparse", "exact", "dense"),
+    ],
+)
+def test_hyperparameters_are_attributes_that_are_validated(name, good, bad):
+    optimizer = Adamax()
+    before = getattr(optimizer, name)
+    with pytest.raises((ValueError, TypeError), match=rf"^{name} must be "):
+        setattr(optimizer, name, bad)
+    assert getattr(optimizer, name) == before
+    setattr(optimizer, name, good)
+    assert getattr(optimizer, name) == optimizer.get_config()[name] == good
+
+
+def test_an_assigned_hyperparameter_is_used():
+    assigned, given = Adamax(0.1), Adamax(0.1, beta_1=0.5, weight_decay=0.5, clipnorm=0.1)
+    assigned.beta_1, assigned.weight_decay, assigned.clipnorm = 0.5, 0.5, 0.1
+    first, second = np.ones(5), np.ones(5)
+    assigned.apply_gradients([(np.arange(5.0), first)])
+    given.apply_gradients([(np.arange(5.0), second)])
+    assert_same_bits(first, second)
+
+
+def test_one_kind_of_clipping_excludes_another_when_it_is_assigned():
+    optimizer = Adamax(clipnorm=1.0)
+    with pytest.raises(ValueError, match=r"^at most one of "):
+        optimizer.clipvalue = 1.0
+    optimizer.clipnorm = None
+    optimizer.clipvalue = 1.0
+
+
+@pytest.mark.parametrize("name", ["beta1", "lr", "amsgrad", "iterations", "decay"])
+def test_unknown_attributes_are_refused(name):
+    with pytest.raises(AttributeError, match=name):
+        setattr(Adamax(), name, 0.5)

@@ -1,6 +1,9 @@
 """Arrays as they come: any layout, any overlap of gradients, and nothing else written."""
 
+import copy
+import gc
 import math
+import weakref
 
 import pytest
 from cases import DTYPES, PATTERNS, PRECISION, values
@@ -358,3 +361,124 @@ def test_two_optimizers_may_share_a_parameter():
     second.apply_gradients([(np.ones(3), w)])
     np.testing.assert_allclose(w, -0.75, rtol=1e-6)
     assert first.iterations == second.iterations == 1
+
+
+# --- Memory that changes between steps ----------------------------------------------------
+
+
+def held(optimizer, array):
+    """A copy of both, in which the optimizer keeps the array alive."""
+    return copy.deepcopy((optimizer, array))
+
+
+def test_a_table_that_moved_in_memory_is_written_where_it_is(rng):
+    expected, other = np.ones((50, 4), np.float32), Adamax(0.1)
+    gradient = IndexedSlices(np.ones((2, 4), np.float32), [3, 40])
+    other.apply_gradients([(gradient, expected)])
+    optimizer, table = held(other, expected)
+    table.resize((500_000, 4), refcheck=False)
+    others = [np.zeros((50, 4), np.float32) for _ in range(100)]
+    table.resize((50, 4), refcheck=False)
+    for each, array in ((optimizer, table), (other, expected)):
+        each.apply_gradients([(gradient, array)])
+    assert_same_bits(table, expected)
+    assert not any(array.any() for array in others)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_table_that_has_another_size_is_refused(sparse):
+    table, optimizer = np.ones((50, 4), np.float32), Adamax(0.1)
+    gradient = IndexedSlices(np.ones((1, 4), np.float32), [3])
+    optimizer.apply_gradients([(gradient, table)])
+    optimizer, table = held(optimizer, table)
+    table.resize((60, 4), refcheck=False)
+    before = contents(optimizer, [table])
+    gradient = gradient if sparse else np.ones((60, 4), np.float32)
+    with pytest.raises(
+        ValueError, match=r"^parameter '0' has state for the shape \(50, 4\)"
+    ):
+        optimizer.apply_gradients([(gradient, table)])
+    assert_same_contents(contents(optimizer, [table]), before)
+
+
+def test_numpy_does_not_resize_an_array_with_state():
+    table, optimizer = np.ones((50, 4), np.float32), Adamax(0.1)
+    optimizer.build([table])
+    with pytest.raises(ValueError, match="cannot resize an array that"):
+        table.resize((60, 4), refcheck=False)
+    optimizer.forget(table)
+    table.resize((60, 4), refcheck=False)
+    optimizer.apply_gradients([(np.ones((60, 4), np.float32), table)])
+
+
+# --- Memory that is let go ----------------------------------------------------------------
+
+
+def names(optimizer):
+    return [name for name in optimizer.state_dict() if name != "iterations"]
+
+
+def test_the_state_of_an_array_ends_with_the_array():
+    optimizer, kept = Adamax(), np.ones(3)
+    for _ in range(2000):
+        w = np.ones((5, 5))
+        optimizer.apply_gradients([(np.ones((5, 5)), w), (np.ones(3), kept)])
+    del w
+    assert len(names(optimizer)) == 2
+    assert optimizer.iterations == 2000
+
+
+def test_the_state_of_a_view_ends_with_the_memory():
+    optimizer, room = Adamax(), np.ones((4, 5))
+    view = room[1:3]
+    optimizer.apply_gradients([(np.ones((2, 5)), view)])
+    del view
+    assert names(optimizer) == ["0.m", "0.u"]
+    # Another view of the same memory is no new parameter.
+    with pytest.raises(ValueError, match=r"pass the same array in every step, not a new v"):
+        optimizer.apply_gradients([(np.ones((2, 5)), room[1:3])])
+    rest = room[3:]
+    optimizer.apply_gradients([(np.ones((1, 5)), rest)])
+    assert len(names(optimizer)) == 4
+    del room, rest
+    assert names(optimizer) == []
+
+
+def test_state_can_be_forgotten(tmp_path):
+    table = np.memmap(tmp_path / "table", np.float32, "w+", shape=(5, 2))
+    optimizer, unknown = Adamax(), np.ones(2)
+    optimizer.apply_gradients([(np.ones((5, 2)), table)])
+    with pytest.raises(
+        ValueError, match=r"^parameter must be an array that this optimizer"
+    ):
+        optimizer.forget(unknown)
+    optimizer.forget(table)
+    assert names(optimizer) == []
+    optimizer.apply_gradients([(np.ones((5, 2)), table)])
+    assert names(optimizer) == ["1.m", "1.u"]
+
+
+def test_forgetting_catches_up_stale_rows():
+    table, expected = np.zeros((5, 1)), np.zeros((5, 1))
+    table[...] = expected[...] = 1.0
+    for array, flush in ((table, False), (expected, True)):
+        optimizer = Adamax(0.1, weight_decay=0.1, sparse="exact")
+        for _ in range(3):
+            optimizer.apply_gradients([(IndexedSlices(np.ones((1, 1)), [1]), array)])
+        optimizer.flush() if flush else optimizer.forget(array)
+    assert_same_bits(table, expected)
+
+
+def test_an_optimizer_is_freed_without_the_cycle_collector():
+    gc.disable()
+    try:
+        w, table = np.ones(3), np.ones((4, 2))
+        optimizer = Adamax(0.1, sparse="exact")
+        optimizer.apply_gradients(
+            [(np.ones(3), w), (IndexedSlices(np.ones((1, 2)), [0]), table)]
+        )
+        state = weakref.ref(optimizer.state_dict()["0.m"])
+        del optimizer
+        assert state() is None
+    finally:
+        gc.enable()

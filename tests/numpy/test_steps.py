@@ -507,3 +507,52 @@ def test_minimize_finds_a_minimum():
             lambda: (float(np.sum((x - target) ** 2)), [2 * (x - target)]), [x]
         )
     assert loss < 1e-5
+
+
+# --- The ends of the range ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "clipping", [{}, {"clipnorm": 1e6}, {"global_clipnorm": 1e6}], ids=str
+)
+def test_a_wide_gradient_of_a_narrow_parameter_is_not_cast_down(sparse, clipping):
+    w = np.zeros((2, 1), np.float16)
+    g = np.array([[1e-8], [1e5]], np.float32)
+    gradient = IndexedSlices(g, [0, 1]) if sparse else g
+    optimizer = Adamax(**clipping)
+    optimizer.apply_gradients([(gradient, w)])
+    assert_same_bits(optimizer.state_dict()["0.u"], g)
+    assert np.isfinite(w).all()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("clipping", ["clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_norms_do_not_overflow(sparse, clipping, dtype, scale):
+    w = np.zeros((2, 1), dtype)
+    g = np.array([[3.0], [4.0]]) * scale
+    optimizer = Adamax(**{clipping: 1e-30 if scale < 1 else 1.0})
+    optimizer.apply_gradients([(IndexedSlices(g, [0, 1]) if sparse else g, w)])
+    expected = [[0.6], [0.8]] if scale > 1 else g
+    np.testing.assert_allclose(
+        optimizer.state_dict()["0.u"], np.asarray(expected, dtype), rtol=1e-6
+    )
+
+
+def test_a_learning_rate_beyond_float32_makes_no_nan_of_a_zero_gradient():
+    w = np.ones(3, np.float32)
+    Adamax(1e39).apply_gradients([(np.array([0, 1, -1], np.float32), w)])
+    assert w[0] == 1
+    assert not np.isnan(w).any()
+
+
+def test_a_step_of_one_row_a_million_times():
+    count = 1_000_000
+    table = np.zeros((2, 1), np.float32)
+    optimizer = Adamax(beta_1=0.0)
+    gradient = IndexedSlices(np.full((count, 1), 0.1, np.float32), np.zeros(count, int))
+    optimizer.apply_gradients([(gradient, table)])
+    expected = np.float32(count * float(np.float32(0.1)))
+    assert optimizer.state_dict()["0.m"][0, 0] == expected

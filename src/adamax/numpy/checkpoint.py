@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -220,8 +221,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     safetensors = _safetensors()
     contiguous = {name: np.require(array, None, "C") for name, array in tensors.items()}
     target = path.resolve()  # what a symbolic link points to
-    with _temporary_file(target) as temporary:
-        mode, *owner = _attributes(target, temporary)
+    with _folder_beside(target) as folder:
+        temporary = folder / "state"
+        temporary.touch()
+        mode, *owner = _attributes(target if target.exists() else temporary)
         try:
             safetensors.numpy.save_file(contiguous, temporary, metadata=_FORMAT)
         except safetensors.SafetensorError as error:
@@ -235,48 +238,55 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     _flush_to_disk(target.parent)
 
 
-@contextlib.contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
-    """A new file beside ``target``; removes those of writers that are dead.
+def _attributes(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_mode & 0o7777, stat.st_uid, stat.st_gid
 
-    A writer holds a lock on its file as long as it lives.
+
+@contextlib.contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``; those of writers that are dead are removed.
+
+    A writer holds a lock on its folder as long as it lives.
     """
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     prefix = f".adamax-{digest}-"  # names may be as long as the file system allows
     for left in target.parent.glob(f"{prefix}*"):
-        _remove_if_unlocked(left)
-    temporary = target.with_name(prefix + secrets.token_hex(8))
+        with _locked(left, wait=False) as mine:
+            if mine:
+                shutil.rmtree(left, ignore_errors=True)
     while True:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            if _locked(descriptor, temporary):
-                yield temporary
-                return
-        finally:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
+        folder = target.with_name(prefix + secrets.token_hex(8))
+        folder.mkdir()
+        with _locked(folder, wait=True) as mine:
+            try:
+                if mine:  # else another writer has removed it before it was locked
+                    yield folder
+                    return
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked(descriptor: int, path: Path) -> bool:
-    """Lock a new file, unless another writer has removed it before that."""
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this holds a lock on a folder that is still there."""
     if fcntl is None:
-        return True
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-
-
-def _remove_if_unlocked(path: Path) -> None:
-    if fcntl is None:
+        yield wait
         return
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-
-
-def _attributes(target: Path, temporary: Path) -> tuple[int, int, int]:
-    """The mode and owner of a file that is replaced, or of a new file."""
-    stat = (target if target.exists() else temporary).stat()
-    return stat.st_mode & 0o7777, stat.st_uid, stat.st_gid
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # it is gone
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        is_there = folder.exists()
+    except BlockingIOError:
+        is_there = False
+    try:
+        yield is_there
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

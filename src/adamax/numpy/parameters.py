@@ -13,6 +13,7 @@ import numpy.typing as npt
 import numpy as np
 
 from .._core.kernels import state_dtype
+from .._core.memory import may_overlap_itself
 from .._core.rule import Hyperparameters
 from .._core.stale import StaleRows
 from .checkpoint import zero_state
@@ -55,7 +56,7 @@ class Parameter:
         self._weak: weakref.ref[Array] | None = None
         self._owner: weakref.ref[Array] | None = None
         self.check(array)
-        if not array.flags.forc and _may_overlap_itself(array):
+        if not array.flags.forc and may_overlap_itself(array):
             raise ValueError(f"parameter {name!r} has elements that overlap in memory")
 
     @property
@@ -299,16 +300,6 @@ def _order(array: Array) -> Literal["C", "F"]:
 
 def _bounds(array: Array) -> tuple[int, int]:
     return np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
-
-
-def _may_overlap_itself(array: Array) -> bool:
-    """Whether dimensions reach into each other's strides, as only as_strided makes them."""
-    reach = array.itemsize
-    for stride, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return True
-        reach += stride * (size - 1)
-    return False
 
 
 def _share_memory(a: Array | None, b: Array | None) -> bool:
