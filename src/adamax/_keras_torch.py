@@ -7,8 +7,11 @@ import keras
 import torch
 from torch import Tensor
 
-from ._torch_paths import Batch, Scaling
-from .torch import Known, _prepare, counts_on
+from .torch.batch import Batch
+from .torch.cuda import Uploads
+from .torch.dispatch import take_step
+from .torch.options import DEFAULTS, Options
+from .torch.state import counts_on
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
@@ -20,7 +23,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         place = counts_on(variables[0].value, self._group(0.0, 0.0)) if variables else None
         self._step_counts = torch.zeros(len(variables), dtype=torch.float64, device=place)
         self._steps = list(self._step_counts.unbind())
-        self._known: dict[float, Known] = {}
+        self._uploads = Uploads()
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         if self.gradient_accumulation_steps:  # the accumulators are dense
@@ -48,27 +51,23 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             )
             for tensors, tensor in zip(batch.lists(), row, strict=True):
                 tensors.append(tensor)
-        work = []
-        for weight_decay, batch in batches.items():
-            known = self._known.setdefault(weight_decay, Known())
-            work += _prepare(batch, self._group(lr, weight_decay), Scaling(), known)
-        for part in work:
-            part()
+        take_step(
+            [
+                (batch, Options.from_group(self._group(lr, weight_decay)))
+                for weight_decay, batch in batches.items()
+            ],
+            uploads=self._uploads,
+        )
 
     def _group(self, lr: float, weight_decay: float) -> dict[str, Any]:
         """Options as :class:`adamax.torch.Adamax` has them."""
         return {
+            **DEFAULTS,
             "lr": lr,
             "betas": (self.beta_1, self.beta_2),
             "eps": self.epsilon,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": True,
-            "foreach": None,
-            "fused": None,
-            "maximize": False,
-            "capturable": False,
-            "differentiable": False,
-            "sparse": "lazy",
         }
 
     @torch.no_grad()

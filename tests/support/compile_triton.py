@@ -21,8 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import adamax._torch_cuda as cuda  # isort: skip
-from adamax.torch import Adamax  # isort: skip
+from adamax.torch import Adamax, device  # isort: skip
 
 _OPTIONS = ("num_warps", "debug", "sanitize_overflow")
 _POINTERS = {
@@ -75,7 +74,7 @@ def launches():
     JITFunction.run = lambda kernel, *args, **keywords: recorded.record(
         kernel, *args, **keywords
     )
-    cuda.DEVICE = Host()
+    device.DEVICE = Host()
     everything = {
         "weight_decay": 0.1,
         "decoupled_weight_decay": False,
@@ -122,7 +121,10 @@ def compiled(source, options, capability, path):
     return {
         "kernel": source.fn.__name__,
         "capability": capability,
-        "constants": {names[i]: str(value) for (i,), value in source.constants.items()},
+        "signature": {
+            **source.signature,
+            **{names[i]: str(value) for (i,), value in source.constants.items()},
+        },
         "ptx": kernel.asm["ptx"],
         **_resources(path.with_suffix(".cubin")),
     }

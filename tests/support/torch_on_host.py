@@ -15,10 +15,10 @@ from torch_cases import torch
 
 import numpy as np
 
-import adamax._torch_cuda as cuda  # isort: skip  (not without torch)
+from adamax.torch import device  # isort: skip  (not without torch)
 
 
-class Host(cuda.Device):
+class Host(device.Device):
     """Memory of the CPU as if it were that of a GPU."""
 
     def __init__(self):
@@ -64,7 +64,7 @@ def host(monkeypatch):
         interpreter.interpreter_builder.options, debug=True, sanitize_overflow=False
     )
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-    device = Host()
-    monkeypatch.setattr(cuda, "DEVICE", device)
+    of_cpu = Host()
+    monkeypatch.setattr(device, "DEVICE", of_cpu)
     with np.errstate(all="ignore"):  # NumPy does the arithmetic, and NaN is no accident
-        yield device
+        yield of_cpu

@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     )
     from torch.nn.parallel import DistributedDataParallel
 
-from adamax._kernels import kernels
+from adamax._core.kernels import kernels
 from adamax.torch import Adamax, clip_grad_norm_
 
 PATHS: dict[str, dict[str, bool]] = {
@@ -224,11 +224,19 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def calls_of(verb: str) -> Iterator[list[Any]]:
-    """The calls of a CPU kernel, with their arguments."""
-    kernel = getattr(kernels(), verb)
-    with mock.patch.object(kernels(), verb, side_effect=kernel) as calls:
-        yield calls.call_args_list
+def native_steps() -> Iterator[list[tuple[int, int]]]:
+    """The steps of the native core: elements of whole parameters, and tables."""
+    steps: list[tuple[int, int]] = []
+    verb = kernels().step
+
+    def step(*args: Any) -> Any:
+        result = verb(*args)
+        if result is None:
+            steps.append((sum(w.numel() for w in args[0]), len(args[5])))
+        return result
+
+    with mock.patch.object(kernels(), "step", step):
+        yield steps
 
 
 # --- Data parallelism ---------------------------------------------------------------------
@@ -238,11 +246,12 @@ def data_parallel(path: str, max_norm: float | None) -> None:
     """Sparse and dense gradients, averaged over processes, in one optimizer."""
     model = DistributedDataParallel(Model(sparse=True))
     optimizer = Adamax(model.parameters(), **OPTIONS, **PATHS[path])
-    with calls_of("rows_step") as rows, calls_of("dense_step") as dense:
+    with native_steps() as steps:
         train(model, optimizer, own_parts(make_batches()), max_norm)
     table = model.module.table.weight
     assert table.grad.is_sparse
-    assert len(rows) == len(dense) == (BATCHES if path in FUSED else 0)
+    layers = sum(param.numel() for param in model.parameters()) - table.numel()
+    assert steps == ([(layers, 1)] * BATCHES if path in FUSED else [])
 
     actual = contents(model.named_parameters(), optimizer)
     assert_close(actual, trained_alone(make_batches(), True, max_norm))
@@ -284,7 +293,7 @@ def exact_data_parallel() -> None:
     except RuntimeError as error:
         assert "row 25 of parameter 'module.table.weight' has a gr" in str(error)  # noqa: PT017
     else:
-        raise AssertionError("a row that was behind was stepped")
+        raise AssertionError("a stale row was stepped")
     assert_same(contents(model.named_parameters(), optimizer), before)
 
 
@@ -344,13 +353,11 @@ def fully_sharded(path: str, sparse: bool, max_norm: float | None) -> None:
     assert rows_held[0] != rows_held[-1]
     assert 0 in rows_held[-1]
 
-    with calls_of("rows_step") as rows, calls_of("dense_step") as dense:
+    with native_steps() as steps:
         train(model, optimizer, own_parts(make_batches()), max_norm)
     assert model.table.weight.grad.is_sparse is sparse
-    assert len(rows) == (BATCHES if sparse and path in FUSED else 0)
     held = sum(param.to_local().numel() for param in sharded)
-    updated = [int(lengths.sum()) for _, _, lengths, *_ in (call.args for call in dense)]
-    assert updated == ([held] * BATCHES if path in FUSED else [])
+    assert steps == ([(held, int(sparse))] * BATCHES if path in FUSED else [])
     actual = contents(model.named_parameters(), optimizer)
     assert_close(actual, trained_alone(make_batches(), sparse, max_norm))
 

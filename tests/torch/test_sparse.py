@@ -24,8 +24,9 @@ from torch_cases import (
 
 import numpy as np
 
-from adamax._torch_paths import sparse_rows  # isort: skip  (not without torch)
-from adamax.torch import Adamax  # isort: skip
+from adamax.torch import Adamax  # isort: skip  (not without torch)
+from adamax.torch.batch import by_shape  # isort: skip
+from adamax.torch.sparse import sparse_rows  # isort: skip
 
 paths = pytest.mark.parametrize("path", PATHS)
 chosen_paths = pytest.mark.parametrize("path", ["fused", "foreach", "loop"])
@@ -435,7 +436,7 @@ def test_other_sparse_layouts_are_refused(rng, convert):
     with pytest.raises(RuntimeError, match="gradient to a tensor that has data of a diff"):
         w.grad = gradient
     with pytest.raises(ValueError, match=r"must have the layout torch.sparse_coo, got"):
-        sparse_rows(w, gradient)
+        sparse_rows(w, gradient, by_shape)
 
 
 def test_sparse_parameters_are_refused(rng):

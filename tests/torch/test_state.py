@@ -322,20 +322,26 @@ MALFORMED = {
     "no step": (without("step"), r"must have step, .*, got exp_avg, exp_inf$"),
     "wrong shape": (
         replaced("exp_inf", torch.zeros(1, 5)),
-        r"exp_inf must be like .* shape \(5,\), got torch.float32 and \(1, 5\)",
+        r"exp_inf of .* must be like it, .* shape \(5,\), got .*float32 and shape \(1, 5\)",
     ),
     "as many elements": (
         replaced("exp_avg", torch.zeros(4, 6), 0),
-        r"exp_avg must be like .* shape \(6, 4\), got torch.float32 and \(4, 6\)",
+        r"exp_avg of .* must be like it, .* shape \(6, 4\), got .* and shape \(4, 6\)",
     ),
     "complex": (
         replaced("exp_avg", torch.zeros(5, dtype=torch.complex64)),
-        r"exp_avg must be like .* torch.float32 .*, got torch.complex64",
+        r"exp_avg of .* must be like it, torch.float32 .*, got Tensor of torch.complex64",
     ),
-    "no tensor": (replaced("exp_avg", [0.0] * 5), r"exp_avg must be a tensor, got \[0"),
-    "nothing": (replaced("exp_inf", None), r"exp_inf must be a tensor, got None"),
-    "no number": (replaced("step", "three"), r"step must be a number, got 'three'"),
-    "several steps": (replaced("step", torch.ones(5)), r"step must be a number, got tens"),
+    "no tensor": (
+        replaced("exp_avg", [0.0] * 5),
+        r"exp_avg of .* must be like it, .*, got \[0",
+    ),
+    "nothing": (replaced("exp_inf", None), r"exp_inf of .* must be like it, .*, got None"),
+    "no number": (replaced("step", "three"), r"^step of .* must be a number, got 'three'"),
+    "several steps": (
+        replaced("step", torch.ones(5)),
+        r"^step of .* must be a number, got tens",
+    ),
     "fewer parameters": (fewer_parameters, "doesn't match the size of optimizer's group"),
     "more groups": (more_groups, "different number of parameter groups"),
     "no betas": (no_option("betas"), r"group must have lr, betas, eps, weight_decay, got"),

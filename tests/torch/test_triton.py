@@ -26,12 +26,11 @@ from torch_cases import (
 from torch_on_host import Host, host  # noqa: F401  (a fixture)
 
 import numpy as np
+from adamax._core.rule import Hyperparameters, scalars_of, step_size
 
 from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from torch.utils._pytree import tree_leaves  # isort: skip
-import adamax.torch  # isort: skip  (not without torch)
-import adamax._torch_cuda as cuda  # isort: skip
-from adamax.torch import Adamax  # isort: skip
+from adamax.torch import Adamax, cuda, device  # isort: skip  (not without torch)
 
 pytestmark = [
     pytest.mark.usefixtures("host"),
@@ -61,7 +60,7 @@ def copy_of(optimizer, **options):
 
 @pytest.fixture
 def kernels(host):  # noqa: F811
-    return cuda.triton_kernels()
+    return cuda.kernels()
 
 
 # --- Dense gradients ----------------------------------------------------------------------
@@ -87,7 +86,7 @@ def test_the_cpu_kernels_get_the_same_to_rounding(rng, dtype, monkeypatch):
     gradients = gradients_of(rng, optimizer, dtype, steps=3)
     on_cpu = copy_of(optimizer)
     take_steps(optimizer, gradients)
-    monkeypatch.setattr(cuda, "DEVICE", cuda.Device())
+    monkeypatch.setattr(device, "DEVICE", device.Device())
     take_steps(on_cpu, gradients)
     for name, expected in contents(on_cpu).items():
         actual = contents(optimizer)[name]
@@ -242,27 +241,23 @@ def test_the_step_size_is_exact_to_float64(kernels, beta_1):
     steps = [torch.tensor(count) for count in t]
     table = torch.zeros(len(t), len(kernels.Column), dtype=torch.int64)
     table[:, kernels.Column.STEP] = torch.tensor([step.data_ptr() for step in steps])
-    factors = torch.full((len(t), 4), math.nan, dtype=torch.float64)
-    options = kernels.StepOptions(
-        lr=0.1,
-        beta_1=beta_1,
-        decay=0.25,
-        sign=-1.0,
-        coupled_decay=0.5,
-        grad_scale=torch.tensor(8.0),
-        found_inf=None,
+    scalars = torch.full((len(t), 8), math.nan, dtype=torch.float64)
+    chosen = Hyperparameters(beta_1=beta_1, beta_2=0.25, epsilon=0.125)
+    of_step = kernels.OfStep(
+        chosen, 0.1, decay=0.25, coupled_decay=0.5, sign=-1.0, grad_scale=torch.tensor(8.0)
     )
-    kernels.advance(table, len(t), torch.float32, factors, options)
+    kernels.advance(table, torch.float32, scalars, of_step)
     assert [float(step) for step in steps] == [count + 1 for count in t]
-    logarithm = math.log(beta_1) if beta_1 else -math.inf
-    exact = [0.1 / -math.expm1((count + 1) * logarithm) for count in t]
-    assert factors[:, 0].tolist() == pytest.approx(exact, rel=1e-15, abs=0)
-    assert factors[:, 1:].tolist() == [[1 - 0.1 * 0.25, -1 / 8, 0.5]] * len(t)
-    one = torch.full((4,), math.nan, dtype=torch.float64)
+    exact = [
+        scalars_of(chosen, step_size(0.1, beta_1, int(count) + 1), 0.975, -1 / 8, 0.5)
+        for count in t
+    ]
+    np.testing.assert_allclose(scalars[:, :7], np.array(exact)[:, :7], rtol=1e-15)
+    one = torch.full((1, 8), math.nan, dtype=torch.float64)
     counter = torch.tensor(4.0)
-    kernels.advance_one(counter, one, options)
+    kernels.advance(None, counter, one, of_step)
     assert counter == 5
-    assert one[0].item() == pytest.approx(0.1 / -math.expm1(5 * logarithm), rel=1e-15)
+    assert one[0, 0].item() == pytest.approx(step_size(0.1, beta_1, 5), rel=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -513,7 +508,8 @@ def test_what_does_not_change_is_uploaded_once(rng, host):  # noqa: F811
     held = [p.grad for p in optimizer.param_groups[0]["params"]]  # so memory is other
     set_gradients(optimizer, gradients)
     check_step(optimizer)
-    assert [len(s) for s in host.staged[first:]] == [len(held)]  # addresses of gradients
+    assert len(host.staged) == first + 1
+    assert held
 
 
 def test_another_stream_gets_its_own_tables(rng, host):  # noqa: F811
@@ -522,9 +518,9 @@ def test_another_stream_gets_its_own_tables(rng, host):  # noqa: F811
     first = len(host.staged)
     host.of_stream = 7
     check_step(optimizer)
-    assert len(host.staged) == first + 2
+    assert len(host.staged) == first + 1
     check_step(optimizer)
-    assert len(host.staged) == first + 2
+    assert len(host.staged) == first + 1
 
 
 def test_graphs_keep_what_they_copy_from(rng, host, monkeypatch):  # noqa: F811
@@ -536,14 +532,14 @@ def test_graphs_keep_what_they_copy_from(rng, host, monkeypatch):  # noqa: F811
     host.capturing = True
     check_step(optimizer)
     host.capturing = False
-    assert len(kept) == 2
+    assert len(kept) == 1
     assert len(host.staged) == staged
     before = [source.clone() for source in kept]
     follow(optimizer, gradients_of(rng, optimizer, steps=3))
     host.capturing = True
     check_step(optimizer)
-    assert len(kept) == 4
-    assert len({source.data_ptr() for source in kept}) == 4
+    assert len(kept) == 2
+    assert len({source.data_ptr() for source in kept}) == 2
     for source, copy in zip(kept, before, strict=False):
         assert_same_tensor(source, copy)
 
@@ -589,9 +585,9 @@ def launched(kernels, monkeypatch):
     seen = []
     original = kernels.dense_step
 
-    def counted(storage, *args):
-        seen.append(storage.value)
-        original(storage, *args)
+    def counted(dtypes, *args):
+        seen.append(str(dtypes[0]).removeprefix("torch."))
+        original(dtypes, *args)
 
     monkeypatch.setattr(kernels, "dense_step", counted)
     return seen
@@ -624,15 +620,11 @@ def test_a_group_on_several_devices(rng, launched, monkeypatch):
         def holds(self, tensors):
             return all(tensor.dtype is torch.float64 for tensor in tensors)
 
-    def on_cpu(params):
-        return None if any(p.dtype is torch.float64 for p in params) else fused(params)
-
-    fused = adamax.torch.fused_dtypes
-    monkeypatch.setattr(adamax.torch, "fused_dtypes", on_cpu)
-    monkeypatch.setattr(cuda, "DEVICE", Float64())
-    params = [parameter(rng, (4,), dtype) for dtype in ("float32", "float64")]
+    monkeypatch.setattr(device, "DEVICE", Float64())
+    dtypes = ("float64", "float32")
+    params = [parameter(rng, (4,), dtype) for dtype in dtypes]
     optimizer = Adamax(params)
-    gradients = [[draw(rng, (4,), dtype) for dtype in ("float32", "float64")]] * 2
+    gradients = [[draw(rng, (4,), dtype) for dtype in dtypes]] * 2
     follow(optimizer, gradients)
     assert launched == ["float64"] * 2
     before = contents(optimizer)
@@ -643,10 +635,10 @@ def test_a_group_on_several_devices(rng, launched, monkeypatch):
 
 @pytest.fixture
 def without_triton(monkeypatch):
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
-    cuda.has_triton.cache_clear()
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    device.has_triton.cache_clear()
     yield
-    cuda.has_triton.cache_clear()
+    device.has_triton.cache_clear()
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -679,7 +671,7 @@ def test_triton_is_imported_when_it_is_needed(run_python):
         w = torch.nn.Parameter(torch.ones(3))
         w.grad = torch.ones(3)
         Adamax([w]).step()
-        print("adamax._kernels._triton" in sys.modules)
+        print("adamax.torch.triton" in sys.modules)
     """
     assert run_python(program) == "False"
 

@@ -7,8 +7,7 @@ from torch_on_host import host  # noqa: F401  (a fixture)
 
 import numpy as np
 
-import adamax._torch_cuda_exact as on_device  # isort: skip  (not without torch)
-from adamax.torch import Adamax  # isort: skip
+from adamax.torch import Adamax, cuda_exact, exact, triton_rows  # isort: skip  (needs torch)
 
 pytestmark = [pytest.mark.usefixtures("host"), pytest.mark.xdist_group("triton")]
 
@@ -60,15 +59,15 @@ def assert_close(optimizer, expected, factor=100.0):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """How many rows or ids were brought up to date at once."""
+    """How many rows or ids were caught up at once."""
     counts = []
-    original = on_device.DeferredRowsOnDevice.bring_up_to_date
+    original = cuda_exact.RowsOnDevice.catch_up
 
-    def counted(self, tables, ids, rows=None):
-        counts.append(len(rows) if ids is None else len(ids))
-        original(self, tables, ids, rows)
+    def counted(self, tensors, rows):
+        counts.append(len(rows))
+        original(self, tensors, rows)
 
-    monkeypatch.setattr(on_device.DeferredRowsOnDevice, "bring_up_to_date", counted)
+    monkeypatch.setattr(cuda_exact.RowsOnDevice, "catch_up", counted)
     return counts
 
 
@@ -79,6 +78,7 @@ def kept(monkeypatch):
         {"weight_decay": 0.1, "decoupled_weight_decay": True},
         {"betas": (0.0, 0.999)},
         {"betas": (0.8, 0.99), "eps": 1e-3, "maximize": True},
+        {"eps": 0.0},
         {"width": 40},
     ],
     ids=str,
@@ -99,47 +99,78 @@ def test_a_learning_rate_on_the_device_is_noted():
     assert_close(trained(True, lr=rates[0]), trained(False, lr=rates[1]))
 
 
-def test_a_full_history_begins_anew(kept, monkeypatch):
-    monkeypatch.setattr("adamax._deferred._FEWEST_STEPS", 4)
-    assert_close(trained(True), trained(False))
-    assert kept.count(ROWS) == 4  # after each 4 of 14 steps, and in the end
+def test_the_history_is_a_ring(monkeypatch):
+    """Of so few steps that it goes round, while rows take their turn."""
+    made = []
+    original = exact.StaleRows.__init__
+
+    def noted(self, *args):
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(exact.StaleRows, "__init__", noted)
+    options = {"betas": (0.02, 0.999), "dtype": torch.float32, "steps": 40}
+    assert_close(trained(True, **options), trained(False, **options))
+    assert made[0].history.entries < 40
 
 
 def test_the_counter_is_read_once(monkeypatch):
     reads = []
-    original = on_device.DeferredRowsOnDevice.count
+    original = cuda_exact.RowsOnDevice.count
 
     def counted(self, step):
         reads.append(self._counter is None or self._counter[1] != step._version)
         return original(self, step)
 
-    monkeypatch.setattr(on_device.DeferredRowsOnDevice, "count", counted)
+    monkeypatch.setattr(cuda_exact.RowsOnDevice, "count", counted)
     trained(True, steps=4)
     assert reads == [True, False, False, False]
 
 
-def test_stamps_begin_anew_at_their_end(monkeypatch):
+@pytest.mark.parametrize("start", [2**32 - 3, 2**31 - 3])
+def test_stamps_begin_anew_at_their_end(monkeypatch, start):
     """A table that has made 2**32 steps, and 2**31."""
-    original = on_device.DeferredRowsOnDevice.__init__
-    for start in (2**32 - 3, 2**31 - 3):
+    original = exact.StaleRows.__init__
 
-        def started(self, *args, start=start):
-            original(self, *args)
-            self._now = start
-            self._stamps_of_rows.fill_(on_device._int32(start))
+    def started(self, *args):
+        original(self, *args)
+        self.history.clock[0] = start
+        self.history.restart()
+        self.stamps.fill_(triton_rows.stamp_of(start))
 
-        monkeypatch.setattr(on_device.DeferredRowsOnDevice, "__init__", started)
-        assert_close(trained(True, steps=8), trained(False, steps=8))
+    monkeypatch.setattr(exact.StaleRows, "__init__", started)
+    assert_close(trained(True, steps=8), trained(False, steps=8))
 
 
-def test_a_row_that_was_behind_stops_the_device():
+def test_a_stale_row_stops_the_device():
     w = torch.nn.Parameter(torch.zeros(5, 2))
     optimizer = Adamax([w], sparse="exact")
     w.grad = rows_of(torch.ones(1, 2), [1], (5, 2))
     optimizer.step()
     w.grad = rows_of(torch.ones(2, 2), [1, 3], (5, 2))
-    with pytest.raises(Exception, match="was not up to date when it was read"):
+    with pytest.raises(Exception, match="but was stale when it was read"):
         optimizer.step()
+
+
+def test_stamps_that_are_ahead_of_the_history_stop_the_device():
+    w = torch.nn.Parameter(torch.zeros(5, 2))
+    optimizer = Adamax([w], sparse="exact")
+    w.grad = rows_of(torch.ones(1, 2), [1], (5, 2))
+    optimizer.step()
+    optimizer._tables._tables[w].stale.stamps[3] = 7
+    with pytest.raises(Exception, match="stamps do not belong to the history"):
+        optimizer.flush()
+
+
+def test_tables_must_be_contiguous():
+    param = torch.nn.Parameter(torch.ones(3, 4).T)
+    optimizer = Adamax([param], sparse="exact")
+    param.grad = rows_of(torch.ones(1, 3), [1], (4, 3))
+    with pytest.raises(
+        RuntimeError, match=r"a contiguous one on an NVIDIA GPU, .*, got par"
+    ):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_an_id_out_of_range_stops_the_device():

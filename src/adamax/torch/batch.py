@@ -1,0 +1,125 @@
+"""Parameters with their gradients and state, in parallel lists."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Work: TypeAlias = Callable[[], None]
+Called: TypeAlias = Callable[[Tensor], str]  # what messages call a parameter
+
+FLOATS = frozenset(
+    {
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+    }
+)
+PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+
+
+def by_shape(param: Tensor) -> str:
+    return f"a parameter of shape {tuple(param.shape)}"
+
+
+@dataclass(slots=True)
+class Batch:
+    """Parameters of one group."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_infs: list[Tensor]
+    steps: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def lists(self) -> tuple[list[Tensor], ...]:
+        return self.params, self.grads, self.exp_avgs, self.exp_infs, self.steps
+
+    def select(self, chosen: Sequence[int]) -> "Batch":
+        if len(chosen) == len(self):
+            return self
+        return Batch(*([tensors[i] for i in chosen] for tensors in self.lists()))
+
+    def split(self, keys: Sequence[Hashable]) -> "list[Batch]":
+        """Batches of the parameters that have the same key, by the first of each."""
+        positions: dict[Hashable, list[int]] = {}
+        for position, key in enumerate(keys):
+            positions.setdefault(key, []).append(position)
+        return [self.select(chosen) for chosen in positions.values()]
+
+    def singles(self) -> "list[Batch]":
+        return [self.select([i]) for i in range(len(self))]
+
+    def by_layout(self) -> "tuple[Batch, Batch]":
+        """The parameters with dense gradients, and those with sparse ones."""
+        dense = [grad.layout is torch.strided for grad in self.grads]
+        return (
+            self.select([i for i, is_dense in enumerate(dense) if is_dense]),
+            self.select([i for i, is_dense in enumerate(dense) if not is_dense]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What a ``GradScaler`` leaves to the optimizer. To read it waits for the device."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def number(self) -> float:
+        """What gradients are multiplied by."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def skips(self) -> bool:
+        """Whether there is to be no step."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+
+def check_operands(batch: Batch, called: Called) -> None:
+    """Raise unless state and dense gradients have the shapes of their parameters."""
+    for param, grad, exp_avg, exp_inf, _ in zip(*batch.lists(), strict=True):
+        check_state(param, exp_avg, exp_inf, called)
+        if grad.shape != param.shape or (grad.is_complex() and not param.is_complex()):
+            raise ValueError(
+                f"the gradient of {called(param)} must have its shape {tuple(param.shape)} "
+                f"and be no more complex than {param.dtype}, got {grad.dtype} of shape "
+                f"{tuple(grad.shape)}"
+            )
+
+
+def check_state(param: Tensor, exp_avg: Tensor, exp_inf: Tensor, called: Called) -> None:
+    """Raise a ValueError unless state could belong to a parameter."""
+    for name, value in (("exp_avg", exp_avg), ("exp_inf", exp_inf)):
+        fits = (
+            isinstance(value, Tensor)
+            and value.layout is torch.strided
+            and value.shape == param.shape
+            and value.is_complex() == param.is_complex()
+            and (value.is_floating_point() or value.is_complex())
+            and value.is_meta == param.is_meta
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} of {called(param)} must be like it, {param.dtype} of shape "
+                f"{tuple(param.shape)}, got {described(value)}"
+            )
+
+
+def described(value: object) -> str:
+    """A value for a message; of a tensor, what kind it is."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return (
+        f"{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}, "
+        f"{value.layout}, on {value.device}"
+    )

@@ -1,0 +1,148 @@
+"""``sparse="exact"`` for tables on a GPU: stamps on the device, the history on the host.
+
+A step reads the learning rate and what a ``GradScaler`` found, if they are on the device,
+since both belong to the history. Nothing else is waited for: whether a row was up to date
+when it was read, the device finds out, and stops with an assertion if it was not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.autograd.graph import increment_version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._core import rule
+from .._core.exact import History
+from .._core.kernels import Float64Array, Int64Array
+from .._core.stale import StaleRows
+from . import _compat, device
+from .cuda import RowsLaunch, as_numbers, row_kernels
+from .options import Options
+
+WithState = tuple[Tensor, Tensor, Tensor]  # a parameter and its state
+
+
+class RowsOnDevice:
+    """The stale rows of one table, whose stamps are on its device."""
+
+    def __init__(self, stale: StaleRows, dtype: torch.dtype) -> None:
+        self.stale = stale
+        self._dtype = dtype.to_real()
+        self._counter: tuple[Tensor, int | None, int] | None = None
+        self._uploaded = _UploadedHistory()
+
+    def count(self, step: Tensor) -> int:
+        """How many steps there have been; reads the counter if others have changed it."""
+        if self._counter is not None:
+            known, version, count = self._counter
+            if known is step and version == _compat.version_of(step) is not None:
+                return count
+        return int(step)
+
+    def counted(self, step: Tensor, count: int) -> None:
+        self._counter = step, _compat.version_of(step), count
+
+    def catch_up_ids(self, tensors: WithState, ids: Tensor) -> None:
+        on = tensors[0].device
+        with device.DEVICE.current(on):
+            flat = ids.detach().reshape(-1).to(on)
+            self.catch_up(tensors, torch.sort(flat).values)
+        increment_version(tensors[0])
+
+    def catch_up(self, tensors: WithState, rows: range | Tensor) -> None:
+        """Catch up the rows in sorted ids, or in a range."""
+        history, on = self.stale.history, tensors[0].device
+        with device.DEVICE.current(on):
+            sums, products = self._uploaded.tensors(history, on)
+            clock = tuple(history.clock.tolist())
+            row_kernels().catch_up(
+                self._dtype,
+                tuple(map(as_numbers, tensors)),
+                self.stale.stamps,
+                rows,
+                self.stale.row_length,
+                row_kernels().DeviceHistory(sums, products, clock),
+                self.stale.epsilon,
+            )
+
+    def catch_up_in_turn(self, tensors: WithState) -> None:
+        """Catch up some rows, so that none is ever staler than the history goes back."""
+        history, rows = self.stale.history, self.stale.rows
+        cycle = history.entries // 2
+        number = -(-rows // cycle)
+        start = (history.steps - history.start) % cycle * number
+        self.catch_up(tensors, range(min(start, rows), min(start + number, rows)))
+
+
+class _UploadedHistory:
+    """A history on the device, of which the entries that have changed are uploaded."""
+
+    def __init__(self) -> None:
+        self._sums: Float64Array | None = None
+        self._key: tuple[int, ...] = ()
+        self._steps = -1
+        self._tensors = torch.empty(0), torch.empty(0)
+
+    def tensors(self, history: History, on: torch.device) -> tuple[Tensor, Tensor]:
+        arrays = history.sums, history.products
+        key = device.DEVICE.stream(on), history.start, history.window
+        if history.sums is not self._sums or key != self._key:
+            self._sums, self._key, self._steps = history.sums, key, -1
+            sums, products = (
+                torch.empty(array.shape, dtype=torch.float64, device=on) for array in arrays
+            )
+            self._tensors = sums, products
+        now, last = history.steps, history.entries - 1
+        if self._steps < now:
+            oldest = max(history.start, now - last)
+            for array, tensor, lag in zip(arrays, self._tensors, (key[2], 0), strict=True):
+                first = max(oldest, self._steps - lag)
+                _upload(array, tensor, np.arange(first, now + 1) & last)
+            self._steps = now
+        return self._tensors
+
+
+def _upload(source: Float64Array, target: Tensor, entries: Int64Array) -> None:
+    """Copy entries of a ring, which are next to each other but for its end."""
+    wraps = np.flatnonzero(entries == 0)[:1]
+    for part in np.split(entries, wraps):
+        if len(part):
+            first, end = int(part[0]), int(part[-1]) + 1
+            array = source[first:end]
+            staging = device.DEVICE.staging(array.size, torch.float64)
+            staging.numpy()[:] = array.ravel()
+            target[first:end].copy_(staging.view(array.shape), non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ExactLaunch:
+    """The rows of one table, and what the step means to all others."""
+
+    launch: RowsLaunch
+    rows: RowsOnDevice
+    options: Options
+    flush: Callable[[], None]
+
+    def __call__(self) -> None:
+        (param,), _, (exp_avg,), (exp_inf,), (step,) = self.launch.batch.lists()
+        stale, rate = self.rows.stale, self.options.rate
+        h, count = self.options.hyperparameters, self.rows.count(step)
+        recorded = stale.record(
+            rule.step_size(rate, h.beta_1, count + 1),
+            rule.decay_factor(rate, self.options.decay),
+            h.beta_1,
+            h.beta_2,
+            h.epsilon,
+            self.flush,
+        )
+        self.rows.catch_up_in_turn((param, exp_avg, exp_inf))
+        with device.DEVICE.current(param.device):
+            row_kernels().stamp_rows(
+                self.launch.ids, stale.rows, stale.stamps, stale.history.steps + 1
+            )
+        self.launch()
+        stale.history.commit(recorded)
+        self.rows.counted(step, count + 1)

@@ -1,0 +1,174 @@
+"""Which way each parameter takes in a step: all that can fail first, and then the step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _compat, cuda, device, operations
+from .batch import FLOATS, PLAIN_TENSORS, Batch, Called, Scaling, Work, by_shape
+from .cuda_exact import ExactLaunch
+from .device import triton_serves
+from .exact import ExactStep, Tables
+from .native import Call
+from .options import Options
+from .sparse import sparse_rows
+
+_NO_SCALING = Scaling()
+
+
+def take_step(
+    groups: Sequence[tuple[Batch, Options]],
+    scaling: Scaling = _NO_SCALING,
+    tables: Tables | None = None,
+    uploads: cuda.Uploads | None = None,
+) -> None:
+    """One step of parameters with their options. Where it raises, it has changed nothing.
+
+    Args:
+        groups: the parameters.
+        scaling: what a ``GradScaler`` says.
+        tables: what knows the stale rows of an optimizer.
+        uploads: what has been uploaded to a device in other steps.
+    """
+    if not groups:
+        return
+    called = by_shape if tables is None else tables.called
+    if all(_is_simple(batch, options) for batch, options in groups):
+        if tables is not None:
+            for batch, _ in groups:
+                tables.check_lazy(batch.params)
+        # Usually all is dense and on the CPU, which the native core finds out by itself.
+        call = Call(scaling, called)
+        for batch, options in groups:
+            call.add(batch, options)
+        if call.attempt() is None:
+            return
+
+    call, work = Call(scaling, called), []
+    uploads = cuda.Uploads() if uploads is None else uploads
+    for number, (batch, options) in enumerate(groups):
+        if options.exact and tables is not None:
+            batch, sparse = batch.by_layout()
+            tables.check_dense(batch.params)
+            for one in sparse.singles():
+                work += _prepare_exact(one, options, scaling, tables, call)
+        elif tables is not None:
+            tables.check_lazy(batch.params)
+        if batch.params:
+            batch = _local(batch)
+            _check_leaves(batch, options)
+            for way, part in _ways(batch, options):
+                if way == "native":
+                    work += _add_to(call, part, options, scaling, called)
+                elif way == "triton":
+                    where = number, uploads
+                    work += cuda.prepare(part, options, scaling, called, where)
+                else:
+                    foreach, scale = way == "foreach", scaling.number
+                    work += operations.prepare(
+                        part, options, scale, called, foreach=foreach
+                    )
+    call.run()
+    for each in work:
+        each()
+
+
+def _is_simple(batch: Batch, options: Options) -> bool:
+    """Whether a group may be one that the native core serves, all gradients being dense."""
+    return (
+        options.path == "compiled"
+        and not (options.exact or options.capturable)
+        and set(map(type, batch.params)) <= PLAIN_TENSORS
+        and not device.DEVICE.holds(batch.params[:1])
+    )
+
+
+def _add_to(
+    call: Call, batch: Batch, options: Options, scaling: Scaling, called: Called
+) -> list[Work]:
+    """Have a call of the native core step parameters; returns what it cannot do."""
+    dense, sparse = batch.by_layout()
+    call.add(dense, options)
+    work: list[Work] = []
+    for one in sparse.singles():
+        rows = sparse_rows(one.params[0], one.grads[0], called)
+        if not call.add_rows(one, options, rows):
+            # Several dimensions are sparse, and strides do not allow to see them as one.
+            work += operations.prepare(one, options, scaling.number, called, foreach=False)
+    return work
+
+
+def _prepare_exact(
+    one: Batch, options: Options, scaling: Scaling, tables: Tables, call: Call
+) -> list[Work]:
+    table, flush = tables.prepare(one, options)
+    if table.on_device is not None:
+        launch = cuda.prepare_rows(one, options, scaling, tables.called)
+        return [ExactLaunch(launch, table.on_device, options, flush)]
+    rows = sparse_rows(one.params[0], one.grads[0], tables.called)
+    tables.share(one.params[0], rows, table)
+    assert table.stale is not None
+    call.add_rows(one, options, rows, ExactStep(table.stale, flush))
+    return []
+
+
+def _check_leaves(batch: Batch, options: Options) -> None:
+    recorded = options.differentiable and torch.is_grad_enabled()
+    if recorded and any(p.is_leaf and p.requires_grad for p in batch.params):
+        raise RuntimeError(
+            "differentiable=True needs parameters that are computed from others, got a "
+            "leaf that requires a gradient"
+        )
+
+
+def _ways(batch: Batch, options: Options) -> Iterator[tuple[str, Batch]]:
+    """The ways that a step of a group takes, with the parameters that take each."""
+    if options.path != "compiled":
+        yield options.path, batch
+        return
+    if triton_serves(batch.params):
+        yield "triton", batch
+        return
+    devices = _compat.foreach_devices()
+    ways = [_way(param, devices) for param in batch.params]
+    if options.capturable and "native" in ways:
+        raise RuntimeError("capturable=True needs parameters on an accelerator")
+    for way, param in zip(ways, batch.params, strict=True):
+        if options.fused and way not in ("native", "triton"):
+            raise RuntimeError(
+                f"fused=True needs float or complex parameters on the CPU or, with Triton "
+                f"installed, on an NVIDIA GPU, got {type(param).__name__} of {param.dtype} "
+                f"on {param.device}"
+            )
+    yield from zip(dict.fromkeys(ways), batch.split(ways), strict=True)
+
+
+def _way(param: Tensor, devices: list[str]) -> str:
+    if triton_serves([param]):
+        return "triton"
+    if type(param) in PLAIN_TENSORS and param.is_cpu and param.dtype in FLOATS:
+        return "native"
+    return "foreach" if param.device.type in devices else "loop"
+
+
+def _local(batch: Batch) -> Batch:
+    """This process' part of DTensors, which the rule can be applied to by itself."""
+    distributed = device.distributed_tensor()
+    if distributed is None or distributed not in set(map(type, batch.params)):
+        return batch
+
+    def part(tensor: Any, like: Any) -> Tensor:
+        if isinstance(tensor, distributed):
+            if tensor.placements != like.placements:
+                tensor = tensor.redistribute(placements=like.placements)
+            tensor = tensor.to_local()
+        local: Tensor = tensor
+        return local
+
+    params, grads, exp_avgs, exp_infs = (
+        [part(tensor, param) for tensor, param in zip(column, batch.params, strict=True)]
+        for column in batch.lists()[:4]
+    )
+    return Batch(params, grads, exp_avgs, exp_infs, batch.steps)

@@ -1,0 +1,358 @@
+"""The rule in Triton, on whole parameters: launches on the current stream of a device.
+
+Nothing here waits for the device: learning rate, step counters and what a ``GradScaler``
+says may all lie on it. The order of operations is that of the native core; compilers may
+fuse a product with a sum.
+"""
+
+import enum
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+import torch
+from torch import Tensor
+
+from .._core.rule import Hyperparameters, Scalar
+
+# A program takes a number of blocks of a tensor, one after the other. With 4 warps that is
+# 4 numbers for each thread: of float32, a load of 16 bytes from each of 4 arrays.
+BLOCK = 512
+# Enough to keep all multiprocessors of a GPU busy to the end, few enough for a small table.
+PROGRAMS = 8192
+WARPS = 4
+COUNTERS = 128  # that one program advances
+
+
+class Column(enum.IntEnum):
+    """What a table tells of a parameter, as int64."""
+
+    W = 0  # addresses
+    M = 1
+    U = 2
+    STEP = 3  # of its counter, float32 or float64
+    G = 4
+    LENGTH = 5
+    FIRST = 6  # the first program that works on it
+
+
+_W = tl.constexpr(int(Column.W))
+_M = tl.constexpr(int(Column.M))
+_U = tl.constexpr(int(Column.U))
+_STEP = tl.constexpr(int(Column.STEP))
+_G = tl.constexpr(int(Column.G))
+_LENGTH = tl.constexpr(int(Column.LENGTH))
+_FIRST = tl.constexpr(int(Column.FIRST))
+_COLUMNS = tl.constexpr(len(Column))
+_LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OfStep:
+    """What the scalars of a step follow from, besides its number.
+
+    Attributes:
+        hyperparameters: of the group.
+        lr: a number, or a tensor on the device, which is not read before the launch.
+        decay: decoupled weight decay.
+        coupled_decay: what part of a parameter is added to its gradient.
+        sign: of the gradient.
+        grad_scale: what gradients are divided by.
+        found_inf: not 0 where there is to be no step.
+    """
+
+    hyperparameters: Hyperparameters
+    lr: float | Tensor
+    decay: float
+    coupled_decay: float
+    sign: float
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def arguments(self) -> tuple[object, ...]:
+        """As the kernel takes them."""
+        lr, h = self.lr, self.hyperparameters
+        on_device = isinstance(lr, Tensor)
+        numbers = (
+            0.0 if on_device else float(lr),
+            math.log(h.beta_1) if h.beta_1 else -math.inf,
+            self.decay,
+            self.sign,
+            self.coupled_decay,
+            1.0 - h.beta_1,
+            h.beta_2,
+            h.epsilon,
+        )
+        on_device_too = lr if on_device else None, self.grad_scale, self.found_inf
+        return (*on_device_too, *map(bits, numbers))
+
+
+def advance(
+    table: Tensor | None, counters: Tensor | torch.dtype, scalars: Tensor, of_step: OfStep
+) -> None:
+    """Add 1 to step counters, unless infinities were found, and write what follows.
+
+    Args:
+        table: a row of :class:`Column` for each parameter; None for a single one.
+        counters: their dtype, or the single counter.
+        scalars: ``(n, 8)``, float64, in the order of :class:`adamax._core.rule.Scalar`.
+        of_step: what they follow from.
+    """
+    one = isinstance(counters, Tensor)
+    _advance[(triton.cdiv(len(scalars), COUNTERS),)](
+        table,
+        counters if one else None,
+        len(scalars),
+        scalars,
+        *of_step.arguments(),
+        COUNTER=_DTYPES[counters.dtype if isinstance(counters, Tensor) else counters],
+        BLOCK=1 if one else COUNTERS,
+        num_warps=1 if one else WARPS,
+    )
+
+
+def chunk_of(total: int) -> int:
+    """How many elements one program takes, if all parameters have ``total``."""
+    return BLOCK * max(1, math.ceil(total / (PROGRAMS * BLOCK)))
+
+
+def dense_step(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    table: Tensor,
+    owners: Tensor,
+    scalars: Tensor,
+    of_step: OfStep,
+    chunk: int,
+    programs: range,
+) -> None:
+    """One step of the rule on the parameters of a table, in one launch.
+
+    Args:
+        dtypes: of the parameters and of the gradients, of real numbers.
+        table: a row of :class:`Column` for each parameter.
+        owners: the parameter that each program works on.
+        scalars: what :func:`advance` has written.
+        of_step: likewise.
+        chunk: elements of a program.
+        programs: those to launch.
+    """
+    _dense_step[(len(programs),)](
+        table,
+        owners,
+        scalars,
+        of_step.found_inf,
+        programs.start,
+        chunk,
+        STORED=_DTYPES[dtypes[0]],
+        GRADIENT=_DTYPES[dtypes[1]],
+        NUMBER=number_of(dtypes[0]),
+        COUPLED=bool(of_step.coupled_decay),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+
+
+def number_of(dtype: torch.dtype) -> Any:
+    """The type of the arithmetic on parameters of a dtype."""
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def bits(number: float) -> int:
+    """A float64 as an integer: Triton would hand a Python float over as float32."""
+    as_integer: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return as_integer
+
+
+@triton.jit
+def float64_of(bits):
+    # Small integers arrive as int32.
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def rounded(x, NUMBER: tl.constexpr):
+    """A float64 in the type of the arithmetic; a finite one stays finite."""
+    if NUMBER.primitive_bitwidth == 32:
+        inside = tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST)
+        x = tl.where(tl.abs(x) < float("inf"), inside, x)
+    return x.to(NUMBER)
+
+
+# --- Scalars ---------------------------------------------------------------------------
+
+_NUMBERS = ["lr", "logarithm", "decay", "sign", "coupled", "rate", "beta_2", "epsilon"]
+_STEP_SIZE = tl.constexpr(int(Scalar.STEP_SIZE))
+_DECAY = tl.constexpr(int(Scalar.DECAY))
+_SCALE = tl.constexpr(int(Scalar.SCALE))
+_COUPLED = tl.constexpr(int(Scalar.COUPLED_DECAY))
+_RATE = tl.constexpr(int(Scalar.ONE_MINUS_BETA_1))
+_BETA_2 = tl.constexpr(int(Scalar.BETA_2))
+_EPSILON = tl.constexpr(int(Scalar.EPSILON))
+
+
+@triton.jit(do_not_specialize=["count", *_NUMBERS])
+def _advance(
+    table,
+    counters,
+    count,
+    scalars,
+    lr_on_device,
+    grad_scale,
+    found_inf,
+    lr,
+    logarithm,
+    decay,
+    sign,
+    coupled,
+    rate,
+    beta_2,
+    epsilon,
+    COUNTER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    if counters is None:
+        address = tl.load(table + _COLUMNS * i + _STEP, mask=mask, other=0)
+        counter = address.to(tl.pointer_type(COUNTER))
+    else:
+        counter = counters + i
+    t = tl.load(counter, mask=mask, other=0.0)
+    if found_inf is None:
+        t += 1
+    else:
+        t = tl.where(tl.load(found_inf) == 0, t + 1, t)
+    tl.store(counter, t, mask=mask)
+
+    if lr_on_device is None:
+        learning_rate = float64_of(lr)
+    else:
+        learning_rate = tl.load(lr_on_device).to(tl.float64)
+    scale = float64_of(sign)
+    if grad_scale is not None:
+        scale = scale / tl.load(grad_scale).to(tl.float64)
+    step_size = learning_rate / -_expm1(t.to(tl.float64) * float64_of(logarithm))
+    to = scalars + 8 * i
+    tl.store(to + _STEP_SIZE, step_size, mask=mask)
+    tl.store(to + _DECAY, 1.0 - learning_rate * float64_of(decay), mask=mask)
+    tl.store(to + _SCALE, scale, mask=mask)
+    tl.store(to + _COUPLED, float64_of(coupled), mask=mask)
+    tl.store(to + _RATE, float64_of(rate), mask=mask)
+    tl.store(to + _BETA_2, float64_of(beta_2), mask=mask)
+    tl.store(to + _EPSILON, float64_of(epsilon), mask=mask)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 to full precision, for x <= 0.
+
+    Where exp(x) is close to 1, what it was rounded to is close to exp(log(exp(x))), so
+    (y - 1) / log(y) is close to (exp(x) - 1) / x (Kahan; Higham, Accuracy and Stability of
+    Numerical Algorithms, section 1.14.1).
+    """
+    y = tl.exp(x)
+    near = (y > 0.5) & (y < 1.0)
+    ratio = (y - 1.0) / tl.log(tl.where(near, y, 0.75))
+    # At 1, exp(x) - 1 is x.
+    return tl.where(near, ratio * x, tl.where(y < 1.0, y - 1.0, x))
+
+
+# --- The rule --------------------------------------------------------------------------
+
+
+@triton.jit
+def update(w, m, u, g, mask, scalars, NUMBER: tl.constexpr, COUPLED: tl.constexpr):
+    """The rule on the elements at pointers, with gradients ``g``."""
+    scale = tl.load(scalars + _SCALE)
+    if g.dtype == tl.float64:  # it is scaled before it is rounded
+        g = (scale * g).to(NUMBER)
+    else:
+        g = rounded(scale, NUMBER) * g.to(NUMBER)
+    old_w = tl.load(w, mask=mask)
+    old_m = tl.load(m, mask=mask)
+    old_u = tl.load(u, mask=mask)
+    if COUPLED:
+        g = g + rounded(tl.load(scalars + _COUPLED), NUMBER) * old_w.to(NUMBER)
+    new_m = old_m + tl.load(scalars + _RATE).to(NUMBER) * (g - old_m)
+    decayed = tl.load(scalars + _BETA_2).to(NUMBER) * old_u
+    new_u = tl.maximum(decayed, tl.abs(g), propagate_nan=tl.PropagateNan.ALL)
+    move = quotient(new_m, new_u + rounded(tl.load(scalars + _EPSILON), NUMBER))
+    move = rounded(tl.load(scalars + _STEP_SIZE), NUMBER) * move
+    new_w = rounded(tl.load(scalars + _DECAY), NUMBER) * old_w.to(NUMBER) - move
+    tl.store(w, new_w.to(old_w.dtype), mask=mask)
+    tl.store(m, new_m, mask=mask)
+    tl.store(u, new_u, mask=mask)
+
+
+@triton.jit
+def quotient(a, b):
+    """The quotient, or 0 where b is 0; NaN comes through."""
+    divisor = tl.where(b == 0, 1.0, b)
+    # Of float32, the plain one is approximate and 0 for large b.
+    if a.dtype == tl.float64:
+        result = a / divisor
+    else:
+        result = tl.div_rn(a, divisor)
+    return tl.where(b == 0, 0 * a, result)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _dense_step(
+    table,
+    owners,
+    scalars,
+    found_inf,
+    start,
+    chunk,
+    STORED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NUMBER: tl.constexpr,
+    COUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64) + start
+    i = tl.load(owners + program)
+    row = table + _COLUMNS * i
+    scalars += 8 * i
+    w = tl.load(row + _W)
+    m = tl.load(row + _M)
+    u = tl.load(row + _U)
+    g = tl.load(row + _G)
+    first = (program - tl.load(row + _FIRST)) * chunk
+    end = tl.minimum(first + chunk, tl.load(row + _LENGTH))
+    if found_inf is not None:
+        end = tl.where(tl.load(found_inf) == 0, end, first)
+
+    # Whole blocks of tensors that begin at a multiple of 16 bytes: without a mask, and
+    # with addresses known to be such, loads and stores are of 16 bytes. Rounding down
+    # changes nothing where this loop runs.
+    are_aligned = (w | m | u | g) % 16 == 0
+    middle = tl.where(are_aligned, first + (end - first) // BLOCK * BLOCK, first)
+    w_16 = tl.multiple_of((w // 16 * 16).to(tl.pointer_type(STORED)), 16)
+    m_16 = tl.multiple_of((m // 16 * 16).to(tl.pointer_type(NUMBER)), 16)
+    u_16 = tl.multiple_of((u // 16 * 16).to(tl.pointer_type(NUMBER)), 16)
+    g_16 = tl.multiple_of((g // 16 * 16).to(tl.pointer_type(GRADIENT)), 16)
+    for block in range(first, middle, BLOCK):
+        at = tl.multiple_of(block, BLOCK) + tl.arange(0, BLOCK)
+        new = tl.load(g_16 + at)
+        update(w_16 + at, m_16 + at, u_16 + at, new, None, scalars, NUMBER, COUPLED)
+
+    w_any = w.to(tl.pointer_type(STORED))
+    m_any = m.to(tl.pointer_type(NUMBER))
+    u_any = u.to(tl.pointer_type(NUMBER))
+    g_any = g.to(tl.pointer_type(GRADIENT))
+    for block in range(middle, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        new = tl.load(g_any + at, mask=at < end)
+        update(w_any + at, m_any + at, u_any + at, new, at < end, scalars, NUMBER, COUPLED)
