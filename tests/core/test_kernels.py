@@ -799,8 +799,10 @@ def test_state_is_at_least_float32():
 
 @needs_native
 def test_the_native_core_is_the_choice(run_python):
-    name = "print(adamax._core.kernels.kernels().__name__)"
-    program = "import adamax, adamax._core.kernels; " + name
+    program = """
+        import sys, adamax._core.kernels
+        print(adamax._core.kernels.kernels().__name__)
+    """
     assert run_python(program) == "adamax._native.verbs"
     chosen = {"ADAMAX_KERNELS": "reference"}
     assert run_python(program, **chosen) == "adamax._core.reference"

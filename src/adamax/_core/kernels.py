@@ -172,28 +172,37 @@ def kernels() -> Verbs:
             f"ADAMAX_KERNELS must be 'native' or 'reference', got {asked_for!r}"
         )
     if asked_for != "reference":
-        try:
-            return _load("adamax._native.verbs")
-        except ModuleNotFoundError as error:
-            if error.name != "adamax._native.verbs":
-                raise
-            message = (
-                "the native core of adamax was not built, since there was no C++ compiler "
-                "when it was installed"
-            )
-            remedy = "install a C++17 compiler and reinstall adamax"
-            if asked_for:
-                raise ImportError(f"{message}: {remedy}") from None
-            warnings.warn(
-                f"{message}: it computes in NumPy, many times slower; {remedy}, or set "
-                f"ADAMAX_KERNELS=reference to hide this warning",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    return _load("adamax._core.reference")
+        if _native is not None:
+            return _native
+        message = (
+            "the native core of adamax was not built, since there was no C++ compiler when "
+            "it was installed"
+        )
+        remedy = "install a C++17 compiler and reinstall adamax"
+        if asked_for:
+            raise ImportError(f"{message}: {remedy}")
+        warnings.warn(
+            f"{message}: it computes in NumPy, many times slower; {remedy}, or set "
+            f"ADAMAX_KERNELS=reference to hide this warning",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    reference: Any = importlib.import_module("adamax._core.reference")
+    verbs: Verbs = reference
+    return verbs
 
 
-def _load(name: str) -> Verbs:
-    verbs: Any = importlib.import_module(name)
-    loaded: Verbs = verbs
-    return loaded
+def _load_native() -> Verbs | None:
+    try:
+        native: Any = importlib.import_module("adamax._native.verbs")
+    except ModuleNotFoundError as error:
+        if error.name != "adamax._native.verbs":
+            raise
+        return None
+    verbs: Verbs = native
+    return verbs
+
+
+# Not in the first step: another thread might fork the process while a module is imported,
+# and the child would wait for that import for ever.
+_native = None if os.environ.get("ADAMAX_KERNELS") == "reference" else _load_native()

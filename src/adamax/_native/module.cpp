@@ -1,6 +1,7 @@
 // The module adamax._native.verbs: the verbs of _core/kernels.py, which documents them.
 
 #include <cstdlib>
+#include <exception>
 #include <new>
 #include <stdexcept>
 
@@ -12,17 +13,26 @@ PyObject* xla_handlers();
 
 namespace {
 
-// Releases the GIL while it exists.
-class WithoutGil {
-  public:
-    WithoutGil() : state_(PyEval_SaveThread()) {}
-    ~WithoutGil() { PyEval_RestoreThread(state_); }
-    WithoutGil(const WithoutGil&) = delete;
-    WithoutGil& operator=(const WithoutGil&) = delete;
-
-  private:
-    PyThreadState* state_;
-};
+// Calls a function without the GIL.
+//
+// At the end of the interpreter, a thread that asks for the GIL is ended right there, as if an
+// exception that nobody catches had been thrown: this must not happen in a destructor, and
+// what is destroyed on the way must not touch objects of Python.
+template <class Function>
+void without_gil(const Function& function) {
+    PyThreadState* const state = PyEval_SaveThread();
+    Reader::may_release = false;
+    std::exception_ptr error;
+    try {
+        const FloatingPointState numbers;
+        function();
+    } catch (const std::exception&) {
+        error = std::current_exception();
+    }
+    PyEval_RestoreThread(state);
+    Reader::may_release = true;
+    if (error) std::rethrow_exception(error);
+}
 
 PyObject* failed(const Plan& plan) {
     const Problem& p = plan.problem;
@@ -76,10 +86,7 @@ PyObject* step(PyObject* const* arguments) {
         !plan.add_counters(arguments[6]) || !plan.finish()) {
         return failed(plan);
     }
-    {
-        const WithoutGil released;
-        step.run();
-    }
+    without_gil([&] { step.run(); });
     Py_RETURN_NONE;
 }
 
@@ -115,11 +122,7 @@ PyObject* norm(PyObject* const* arguments) {
     }
     const std::vector<Gradient> gradients{Gradient(values, &keys)};
     Norm norm;
-    {
-        const WithoutGil released;
-        const FloatingPointState state;
-        norm = norms_of(gradients, threads)[0];
-    }
+    without_gil([&] { norm = norms_of(gradients, threads)[0]; });
     return PyFloat_FromDouble(norm.value());
 }
 
@@ -147,9 +150,7 @@ PyObject* catch_up_rows(PyObject* const* arguments) {
         return failed(plan);
     }
     std::atomic<int64_t> caught_up{0};
-    {
-        const WithoutGil released;
-        const FloatingPointState state;
+    without_gil([&] {
         const int64_t pieces = (keys.count() + rows.piece() - 1) / rows.piece();
         parallel_for(
             worth(threads, 3 * keys.count() * rows.length()), pieces, [&](int64_t piece) {
@@ -163,7 +164,7 @@ PyObject* catch_up_rows(PyObject* const* arguments) {
                 });
                 caught_up += mine;
             });
-    }
+    });
     return PyLong_FromLongLong(caught_up);
 }
 
@@ -187,9 +188,7 @@ PyObject* catch_up_range(PyObject* const* arguments) {
     last = std::min(last, rows.count);
     const int64_t longest = history.longest();
     std::atomic<int64_t> caught_up{0}, wrong{-1};
-    {
-        const WithoutGil released;
-        const FloatingPointState state;
+    without_gil([&] {
         const int64_t of_piece = 8 * rows.piece();
         const int64_t pieces = std::max<int64_t>(last - first + of_piece - 1, 0) / of_piece;
         parallel_for(worth(threads, (last - first) * rows.length()), pieces, [&](int64_t piece) {
@@ -206,7 +205,7 @@ PyObject* catch_up_range(PyObject* const* arguments) {
             });
             caught_up += mine;
         });
-    }
+    });
     if (wrong >= 0) {
         plan.problem = {"history", 0, wrong, 0};
         return failed(plan);

@@ -22,7 +22,6 @@ class Pieces {
 }  // namespace
 
 void Step::run() {
-    const FloatingPointState state;
     clip();
     if (in_turn) {
         for (size_t i = 0; i < parameters.size(); ++i) update(i, i + 1, 0, 0);

@@ -111,7 +111,10 @@ bool read_integers(PyObject* sequence, std::vector<int64_t>* numbers) {
 
 bool import_numpy() { return PyArray_ImportNumPyAPI() == 0; }
 
+thread_local bool Reader::may_release = true;
+
 Reader::~Reader() {
+    if (!may_release) return;
     for (PyObject* object : owned_) Py_DECREF(object);
 }
 

@@ -22,6 +22,9 @@ class Reader {
     Reader(const Reader&) = delete;
     Reader& operator=(const Reader&) = delete;
 
+    // Whether this thread may let go of objects, which needs the GIL.
+    static thread_local bool may_release;
+
     enum class Result { kRead, kUnfit, kError };
 
     // kUnfit is for what is no strided memory of this machine, or of another dtype: nothing
