@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -220,61 +220,65 @@ class Adamax:
         )
         gradients, arrays = split_pairs(grads_and_vars)
         parameters, all_known = self._parameters.of(arrays)
-        rows = {
-            i: checked_rows(gradient, parameters[i])
-            for i, gradient in enumerate(gradients)
-            if type(gradient) is not np.ndarray and is_sparse(gradient)
-        }
+        rows: dict[int, tuple[Array, Array]] = {}
+        if set(map(type, gradients)) != {np.ndarray}:
+            rows = {
+                i: checked_rows(gradient, parameters[i])
+                for i, gradient in enumerate(gradients)
+                if is_sparse(gradient)
+            }
         dense = [i for i in range(len(arrays)) if i not in rows]
-        for i, parameter in enumerate(parameters):
-            name = f"parameter {parameter.name!r}"
-            if i in rows and h.sparse == "exact":
-                settings = h.beta_1, h.beta_2, h.epsilon, scalars[Scalar.DECAY]
-                parameter.stale_rows(h).check_settings(*settings, name)
-            elif parameter.stale is not None:
-                parameter.stale.check_all_current(name)
+        if h.sparse == "exact":
+            self._check_exact(parameters, rows, float(scalars[Scalar.DECAY]))
         if not all_known:  # there are no arrays for the state until all else is right
             for i, (indices, _) in rows.items():
                 check_range(indices, parameters[i])
-            self._check_dense(gradients, parameters, dense)
+            for i in dense:
+                checked_dense(gradients[i], parameters[i])
             self._parameters.adopt(parameters)
-
         tables = [
             self._table(arrays[i], parameters[i], *of_table, scalars)
             for i, of_table in rows.items()
         ]
+        of_dense = parameters if not rows else [parameters[i] for i in dense]
 
-        def take(of_dense: Sequence[Any]) -> Problem | None:
-            return problem_of(
-                kernels().step(
-                    [arrays[i] for i in dense],
-                    [parameters[i].m for i in dense],
-                    [parameters[i].u for i in dense],
-                    of_dense,
-                    scalars[None],
-                    tables,
-                    [self._iterations],
-                    h.clipnorm or math.inf,
-                    h.global_clipnorm or math.inf,
-                    get_num_threads(),
-                )
+        def take(of_gradients: Sequence[Any]) -> Problem | None:
+            result = kernels().step(
+                arrays if not rows else [arrays[i] for i in dense],
+                [parameter.m for parameter in of_dense],
+                [parameter.u for parameter in of_dense],
+                of_gradients,
+                scalars[None],
+                tables,
+                [self._iterations],
+                h.clipnorm or math.inf,
+                h.global_clipnorm or math.inf,
+                get_num_threads(),
             )
+            return problem_of(result)
 
-        problem = take([gradients[i] for i in dense])
+        problem = take(gradients if not rows else [gradients[i] for i in dense])
         if problem is not None and problem.kind == "unfit":
             for array, parameter in zip(arrays, parameters, strict=True):
                 parameter.check(array)
             # Lists, integers and the like are converted, and what is wrong raises.
-            problem = take(self._check_dense(gradients, parameters, dense))
+            problem = take([checked_dense(gradients[i], parameters[i]) for i in dense])
         if problem is not None:
             raise_for(problem, parameters[[*dense, *rows][problem.where]])
         return self.iterations
 
-    @staticmethod
-    def _check_dense(
-        gradients: Sequence[Any], parameters: Sequence[Parameter], dense: Iterable[int]
-    ) -> list[Array]:
-        return [checked_dense(gradients[i], parameters[i]) for i in dense]
+    def _check_exact(
+        self, parameters: Sequence[Parameter], rows: Container[int], decay: float
+    ) -> None:
+        """Raise for settings or gradients that stale rows do not allow."""
+        h = self._hyperparameters
+        for i, parameter in enumerate(parameters):
+            name = f"parameter {parameter.name!r}"
+            if i in rows:
+                settings = h.beta_1, h.beta_2, h.epsilon, decay
+                parameter.stale_rows(h).check_settings(*settings, name)
+            elif parameter.stale is not None:
+                parameter.stale.check_all_current(name)
 
     def _table(
         self,
