@@ -146,7 +146,8 @@ bool Plan::add_parameters(PyObject* const columns[kOperands], PyObject* scalars)
     step.parameters.resize(count);
     View view;
     if (!read_numbers(scalars, Dtype::kFloat64, 2, &view)) return false;
-    if (view.shape[1] != kScalars || (view.shape[0] != 1 && size_t(view.shape[0]) != count)) {
+    if (view.shape[1] != kScalars ||
+        (view.shape[0] != 1 && size_t(view.shape[0]) != count)) {
         return error(PyExc_ValueError, "scalars must have the shape (n, 8) or (1, 8)");
     }
     const auto* numbers = reinterpret_cast<const double*>(view.data);
@@ -214,7 +215,8 @@ bool Plan::add_counters(PyObject* counters) {
         if (!read(items[i], kOperands, &view)) return false;
         const bool known = view.dtype == Dtype::kFloat32 || view.dtype == Dtype::kFloat64 ||
                            view.dtype == Dtype::kInt64;
-        if (!known || view.length() != 1 || view.complex || view.swapped || !view.writeable) {
+        if (!known || view.length() != 1 || view.complex || view.swapped ||
+            !view.writeable) {
             return unfit(kOperands);
         }
         step.counters.push_back({view.data, view.dtype});
@@ -244,8 +246,7 @@ bool Plan::finish() {
         for (Views& each : *views) {
             const Range range = Range::of(each[3]);
             // The first that ends behind the start.
-            const auto next = std::upper_bound(
-                written.begin(), written.end(), range.begin,
+            const auto next = std::upper_bound(written.begin(), written.end(), range.begin,
                 [](uintptr_t begin, const Range& other) { return begin < other.end; });
             if (next != written.end() && next->begin < range.end) copy(&each[3]);
         }
@@ -255,7 +256,8 @@ bool Plan::finish() {
         step.parameters[i] = parameter_of(of_parameters_[i]);
         step.parameters[i].scalars = scalars;
     }
-    for (size_t i = 0; i < of_tables_.size(); ++i) step.tables[i].rows = rows_of(of_tables_[i]);
+    for (size_t i = 0; i < of_tables_.size(); ++i)
+        step.tables[i].rows = rows_of(of_tables_[i]);
     if (step.clips()) {
         for (const Views& each : of_parameters_) step.gradients.emplace_back(each[3]);
         for (size_t i = 0; i < of_tables_.size(); ++i) {
@@ -267,7 +269,8 @@ bool Plan::finish() {
 
 // Makes a view one of a contiguous copy.
 void Plan::copy(View* view) {
-    const int64_t size = view->element_size(), count = view->length() / (view->complex ? 2 : 1);
+    const int64_t size = view->element_size(),
+                  count = view->length() / (view->complex ? 2 : 1);
     copies_.emplace_back(size_t(count * size));
     strides_.emplace_back(size_t(view->ndim));
     std::vector<int64_t>& strides = strides_.back();
@@ -332,8 +335,8 @@ bool Plan::read_stamps(PyObject* object, int64_t rows, Stamps* stamps) {
     return true;
 }
 
-// `object` has sums, products and clock from `offset` on; where a step is recorded, their new
-// values follow.
+// `object` has sums, products and clock from `offset` on; where a step is recorded, their
+// new values follow.
 bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* recorded) {
     const Sequence parts(object);
     if (!parts) return false;
@@ -355,13 +358,8 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
         return error(PyExc_ValueError, "a history has other shapes");
     }
     *to = {reinterpret_cast<const double*>(sums.data),
-           reinterpret_cast<const double*>(products.data),
-           entries,
-           terms,
-           numbers[0],
-           numbers[1],
-           numbers[2],
-           {numbers[3], numbers[4], numbers[5]}};
+        reinterpret_cast<const double*>(products.data), entries, terms, numbers[0],
+        numbers[1], numbers[2], {numbers[3], numbers[4], numbers[5]}};
     if (!recorded) return true;
 
     View new_sums, new_products, new_clock;
@@ -372,23 +370,21 @@ bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* rec
     }
     const auto* after = reinterpret_cast<const int64_t*>(new_clock.data);
     if (new_sums.shape[1] != terms || new_sums.shape[0] < 1 ||
-        new_sums.shape[0] > std::min(entries, to->steps + 2) || new_products.shape[0] != 6 ||
-        new_clock.shape[0] != kClock || after[0] != to->steps + 1 || after[1] > entries / 2 ||
-        !sums.writeable || !products.writeable || !clock.writeable) {
+        new_sums.shape[0] > std::min(entries, to->steps + 2) ||
+        new_products.shape[0] != 6 || new_clock.shape[0] != kClock ||
+        after[0] != to->steps + 1 || after[1] > entries / 2 || !sums.writeable ||
+        !products.writeable || !clock.writeable) {
         return error(PyExc_ValueError, "a recorded step has other shapes");
     }
     *recorded = {reinterpret_cast<double*>(sums.data),
-                 reinterpret_cast<double*>(products.data),
-                 reinterpret_cast<int64_t*>(clock.data),
-                 reinterpret_cast<const double*>(new_sums.data),
-                 new_sums.shape[0],
-                 reinterpret_cast<const double*>(new_products.data),
-                 after};
+        reinterpret_cast<double*>(products.data), reinterpret_cast<int64_t*>(clock.data),
+        reinterpret_cast<const double*>(new_sums.data), new_sums.shape[0],
+        reinterpret_cast<const double*>(new_products.data), after};
     return true;
 }
 
-bool Plan::check_stamps(const Keys& keys, const Stamps& stamps, const History& history,
-                        bool current) {
+bool Plan::check_stamps(
+    const Keys& keys, const Stamps& stamps, const History& history, bool current) {
     const int64_t longest = history.longest();
     for (int64_t i = 0; i < keys.count(); ++i) {
         if (i + kPrefetchStamps < keys.count()) {

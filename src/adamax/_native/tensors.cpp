@@ -64,11 +64,11 @@ bool set_numpy_dtype(PyArray_Descr* descr, View* view) {
         case NPY_FLOAT: return set_dtype(kFloat, 32, view);
         case NPY_DOUBLE: return set_dtype(kFloat, 64, view);
         case NPY_HALF: return set_dtype(kFloat, 16, view);
-        case NPY_INT: case NPY_LONG: case NPY_LONGLONG:
-            return set_dtype(kInt, int(8 * PyDataType_ELSIZE(descr)), view);
-        case NPY_UINT: case NPY_ULONG:
-            view->dtype = Dtype::kUInt32;
-            return PyDataType_ELSIZE(descr) == 4;
+        case NPY_INT:
+        case NPY_LONG:
+        case NPY_LONGLONG: return set_dtype(kInt, int(8 * PyDataType_ELSIZE(descr)), view);
+        case NPY_UINT:
+        case NPY_ULONG: view->dtype = Dtype::kUInt32; return PyDataType_ELSIZE(descr) == 4;
         default: break;
     }
     // The number of ml_dtypes' type is known at run time only.
@@ -145,8 +145,8 @@ Reader::Result Reader::read(PyObject* object, View* view) {
     if (view->ndim > kMostDims) return Result::kUnfit;
     const int64_t length = view->length();
     if (length != 0 && view->data == nullptr) return Result::kUnfit;  // a fake tensor
-    // A lazily negated tensor is the imaginary part of a conjugate one: it has holes, or one
-    // element. Its memory has the wrong sign.
+    // A lazily negated tensor is the imaginary part of a conjugate one: it has holes, or
+    // one element. Its memory has the wrong sign.
     if (length <= 1 || !view->is_contiguous()) {
         bool error = false;
         if (is_true(object, "is_neg", &error)) return Result::kUnfit;
@@ -193,10 +193,14 @@ Reader::Result Reader::read_attributes(PyObject* object, View* view) {
         const char* name;
         int code, bits;
     } kDtypes[] = {
-        {"torch.float32", kFloat, 32},   {"torch.float64", kFloat, 64},
-        {"torch.float16", kFloat, 16},   {"torch.bfloat16", kBFloat, 16},
-        {"torch.int32", kInt, 32},       {"torch.int64", kInt, 64},
-        {"torch.complex64", kComplex, 64}, {"torch.complex128", kComplex, 128},
+        {"torch.float32", kFloat, 32},
+        {"torch.float64", kFloat, 64},
+        {"torch.float16", kFloat, 16},
+        {"torch.bfloat16", kBFloat, 16},
+        {"torch.int32", kInt, 32},
+        {"torch.int64", kInt, 64},
+        {"torch.complex64", kComplex, 64},
+        {"torch.complex128", kComplex, 128},
     };
     PyObject* dtype = attribute(object, "dtype");
     PyObject* on_cpu = dtype ? attribute(object, "is_cpu") : nullptr;

@@ -13,8 +13,8 @@ namespace adamax {
 
 bool import_numpy();  // once; false with a Python error
 
-// Reads objects for one call, and owns a reference to each until the call ends, since another
-// thread may replace what a list holds.
+// Reads objects for one call, and owns a reference to each until the call ends, since
+// another thread may replace what a list holds.
 class Reader {
   public:
     Reader() { owned_.reserve(64); }

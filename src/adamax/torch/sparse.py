@@ -77,10 +77,8 @@ class SparseRows:
 
 
 def index_error(position: object, sizes: Sequence[int], index: object) -> IndexError:
-    return IndexError(
-        f"indices[{position}] of a sparse gradient must be in the shape {tuple(sizes)}, "
-        f"got {index}"
-    )
+    inside = f"[0, {sizes[0]})" if len(sizes) == 1 else f"the shape {tuple(sizes)}"
+    return IndexError(f"indices[{position}] must be in {inside}, got {index}")
 
 
 def sparse_rows(param: Tensor, gradient: Tensor, called: Called) -> SparseRows:
