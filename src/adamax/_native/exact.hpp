@@ -14,10 +14,10 @@ struct History {
     const double* products;  // (entries, 6): three mantissas, then their exponents of 2
     int64_t entries;         // a power of two
     int64_t terms;
-    int64_t steps;           // recorded so far
-    int64_t window;          // after how many steps an entry of `sums` is final
-    int64_t start;           // the step with which all rows were last up to date
-    int64_t last_zero[3];    // the last step whose factor was 0, which products leave out
+    int64_t steps;         // recorded so far
+    int64_t window;        // after how many steps an entry of `sums` is final
+    int64_t start;         // the step with which all rows were last up to date
+    int64_t last_zero[3];  // the last step whose factor was 0, which products leave out
 
     int64_t now() const { return steps; }
     // How many steps a row can be behind.
@@ -31,7 +31,7 @@ struct History {
         const double* entry = sums + (since & (entries - 1)) * terms;
         for (int64_t n = 0; n < terms; ++n) terms_of_gap[n] = T(entry[n] * later);
         return {T(product(0, since)), T(product(1, since)), T(product(2, since)),
-                rounded<T>(epsilon), terms_of_gap, terms};
+            rounded<T>(epsilon), terms_of_gap, terms};
     }
 
   private:
@@ -40,8 +40,8 @@ struct History {
         if (since < last_zero[column]) return 0;
         const double* before = products + (since & (entries - 1)) * 6;
         const double* after = products + (steps & (entries - 1)) * 6;
-        return std::ldexp(after[column] / before[column],
-                          int(after[column + 3] - before[column + 3]));
+        return std::ldexp(
+            after[column] / before[column], int(after[column + 3] - before[column + 3]));
     }
 };
 
@@ -51,7 +51,7 @@ struct Stamps {
 
     int64_t gap(int64_t row, int64_t now) const { return uint32_t(now) - of_row[row]; }
     void set(int64_t row, int64_t step) const { of_row[row] = uint32_t(step); }
-    void prefetch_row(int64_t row) const {
+    ADAMAX_INLINE void prefetch_row(int64_t row) const {
         prefetch(reinterpret_cast<const char*>(of_row + row));
     }
 };
@@ -59,7 +59,7 @@ struct Stamps {
 // Brings the elements of a stale row at `places` in w, m and u up to date.
 template <class T>
 void catch_up_elements(const Operand* operands, const Places& places, const int64_t* steps,
-                       int64_t count, const Gap<T>& gap) {
+    int64_t count, const Gap<T>& gap) {
     const auto& run = loops().of(T());
     bool in_place = true;
     for (int k = 0; k < 3; ++k) {
@@ -83,7 +83,7 @@ void catch_up_elements(const Operand* operands, const Places& places, const int6
 // Brings a row that is `gap` steps behind up to date; `row` has its places in w, m and u.
 template <class T, class AnyHistory>
 void catch_up_row(const Rows& rows, const char* const row[3], int64_t gap,
-                  const AnyHistory& history, double epsilon) {
+    const AnyHistory& history, double epsilon) {
     T terms[kMostTerms];
     const Gap<T> of_gap = history.template gap<T>(gap, epsilon, terms);
     const char* const of_row[kOperands] = {row[0], row[1], row[2], row[0]};
@@ -95,8 +95,8 @@ void catch_up_row(const Rows& rows, const char* const row[3], int64_t gap,
 
 // Brings a row of a table up to date and stamps it. Returns whether it was stale.
 template <class T, class AnyHistory>
-bool catch_up(const Rows& rows, int64_t row, const Stamps& stamps, const AnyHistory& history,
-              double epsilon) {
+bool catch_up(const Rows& rows, int64_t row, const Stamps& stamps,
+    const AnyHistory& history, double epsilon) {
     const int64_t gap = stamps.gap(row, history.now());
     if (gap == 0) return false;
     const char* of_row[3];

@@ -22,13 +22,15 @@ inline void prefetch(const char* place) {
 // Rows of w, m, u and of the values of a gradient, which has a row for each index.
 struct Rows {
     Operand operands[kOperands];
-    const char* base[kOperands];   // where the first row is
-    int64_t row_step[kOperands];   // from row to row, in bytes
-    Walk walk;                     // of the elements of a row
-    int64_t count = 0;             // of rows in the table
+    const char* base[kOperands];  // where the first row is
+    int64_t row_step[kOperands];  // from row to row, in bytes
+    Walk walk;                    // of the elements of a row
+    int64_t count = 0;            // of rows in the table
 
     int64_t length() const { return walk.length(); }
-    int64_t piece() const { return std::max<int64_t>(1, kRowsPiece / std::max<int64_t>(length(), 1)); }
+    int64_t piece() const {
+        return std::max<int64_t>(1, kRowsPiece / std::max<int64_t>(length(), 1));
+    }
     bool is_double() const { return operands[0].dtype == Dtype::kFloat64; }
 
     void place(int64_t row, const char* places[3]) const {
@@ -43,7 +45,8 @@ struct Rows {
 
   private:
     void prefetch_begin(const char* place, int k) const {
-        const int64_t bytes = std::min(length() * itemsize(operands[k].dtype), kPrefetchBytes);
+        const int64_t bytes =
+            std::min(length() * itemsize(operands[k].dtype), kPrefetchBytes);
         for (int64_t line = 0; line < bytes; line += kCacheLine) prefetch(place + line);
     }
 };
@@ -51,7 +54,7 @@ struct Rows {
 // Adds up, in float64 and in the order of their positions, what the values at keys [i, end)
 // have from element `first` on. `offset` is where that element is in a row of values.
 inline void sum_values(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
-                       int64_t offset, int64_t count, double* sums) {
+    int64_t offset, int64_t count, double* sums) {
     const Operand& g = rows.operands[3];
     const int64_t step = rows.walk.step[3];
     std::fill(sums, sums + count, 0.0);
@@ -70,7 +73,7 @@ inline void sum_values(const Rows& rows, const Keys& keys, int64_t i, int64_t en
 // The rule on a row whose values are at the keys [i, end).
 template <class T>
 void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
-                const Scalars<double>& scalars) {
+    const Scalars<double>& scalars) {
     const Operand& g = rows.operands[3];
     const int64_t step = rows.walk.step[3];
     // A gradient that is wider than the arithmetic is scaled before it is rounded.
@@ -81,30 +84,30 @@ void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
     const char* of_row[kOperands];
     rows.place(keys.row(i), of_row);
     of_row[3] = rows.value(keys.position(i));
-    rows.walk.each_run(of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t n) {
-        const bool direct = !summed && is_direct<T>(g, places[3], step);
-        update_elements<T>(
-            rows.operands, places, rows.walk.step, n, s,
-            direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
-            [&](int64_t first, int64_t length, T* numbers) {
-                const char* place = places[3] + first * step;
-                if (!summed && !wide) {
-                    load(g, place, step, length, numbers);
-                    return;
-                }
-                double sums[kBlock];
-                sum_values(rows, keys, i, end, place - of_row[3], length, sums);
-                const double scale = wide ? scalars.scale : 1;
-                for (int64_t j = 0; j < length; ++j) numbers[j] = T(scale * sums[j]);
-            });
-    });
+    rows.walk.each_run(
+        of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t n) {
+            const bool direct = !summed && is_direct<T>(g, places[3], step);
+            update_elements<T>(rows.operands, places, rows.walk.step, n, s,
+                direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
+                [&](int64_t first, int64_t length, T* numbers) {
+                    const char* place = places[3] + first * step;
+                    if (!summed && !wide) {
+                        load(g, place, step, length, numbers);
+                        return;
+                    }
+                    double sums[kBlock];
+                    sum_values(rows, keys, i, end, place - of_row[3], length, sums);
+                    const double scale = wide ? scalars.scale : 1;
+                    for (int64_t j = 0; j < length; ++j) numbers[j] = T(scale * sums[j]);
+                });
+        });
 }
 
-// Calls `function(i, end)` for each row that begins at a key in [start, stop), where its keys
-// are [i, end), with what comes next on its way into the caches.
+// Calls `function(i, end)` for each row that begins at a key in [start, stop), where its
+// keys are [i, end), with what comes next on its way into the caches.
 template <class Function>
 void each_row(const Rows& rows, const Keys& keys, int64_t start, int64_t stop,
-              const Function& function) {
+    const Function& function) {
     stop = std::min(stop, keys.count());
     for (int64_t i = keys.next_row(start, stop); i < stop;) {
         if (i + kPrefetchRows < keys.count()) {
