@@ -11,7 +11,15 @@ constexpr int64_t kPrefetchRows = 2;      // ahead
 constexpr int64_t kPrefetchBytes = 512;   // of each row
 constexpr int64_t kCacheLine = 64;
 
-inline void prefetch(const char* place) {
+// GCC takes a function that only prefetches for one without effects, and drops calls of it
+// unless they have been inlined by then.
+#ifdef __GNUC__
+#define ADAMAX_INLINE inline __attribute__((always_inline))
+#else
+#define ADAMAX_INLINE inline
+#endif
+
+ADAMAX_INLINE void prefetch(const char* place) {
 #if defined(__GNUC__)
     __builtin_prefetch(place, 1);
 #elif defined(_M_X64)
@@ -38,13 +46,13 @@ struct Rows {
     }
     const char* value(int64_t position) const { return base[3] + position * row_step[3]; }
 
-    void prefetch_row(int64_t row) const {
+    ADAMAX_INLINE void prefetch_row(int64_t row) const {
         for (int k = 0; k < 3; ++k) prefetch_begin(base[k] + row * row_step[k], k);
     }
-    void prefetch_value(int64_t position) const { prefetch_begin(value(position), 3); }
+    ADAMAX_INLINE void prefetch_value(int64_t position) const { prefetch_begin(value(position), 3); }
 
   private:
-    void prefetch_begin(const char* place, int k) const {
+    ADAMAX_INLINE void prefetch_begin(const char* place, int k) const {
         const int64_t bytes =
             std::min(length() * itemsize(operands[k].dtype), kPrefetchBytes);
         for (int64_t line = 0; line < bytes; line += kCacheLine) prefetch(place + line);
