@@ -33,8 +33,7 @@ struct Parameter {
         if (wide) s.scale = 1;
         walk.each_run(base, start, stop, [&](const Places& places, int64_t, int64_t count) {
             const bool direct = is_direct<T>(g, places[3], step);
-            update_elements<T>(
-                operands, places, walk.step, count, s,
+            update_elements<T>(operands, places, walk.step, count, s,
                 direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
                 [&](int64_t first, int64_t length, T* numbers) {
                     const char* place = places[3] + first * step;

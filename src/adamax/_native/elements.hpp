@@ -18,8 +18,8 @@ constexpr Dtype dtype_of() {
 // Whether elements at a place are numbers of type T that loops can work on where they lie.
 template <class T>
 bool is_direct(const Operand& operand, const char* place, int64_t step) {
-    return operand.dtype == dtype_of<T>() && step == int64_t(sizeof(T)) && !operand.swapped &&
-           reinterpret_cast<uintptr_t>(place) % sizeof(T) == 0;
+    return operand.dtype == dtype_of<T>() && step == int64_t(sizeof(T)) &&
+           !operand.swapped && reinterpret_cast<uintptr_t>(place) % sizeof(T) == 0;
 }
 
 template <class Word>
@@ -57,7 +57,8 @@ void scatter(const Word* words, int64_t count, bool swapped, char* place, int64_
 
 // At most kBlock elements as numbers of type T, which float64 is rounded to.
 template <class T>
-void load(const Operand& operand, const char* place, int64_t step, int64_t count, T* numbers) {
+void load(
+    const Operand& operand, const char* place, int64_t step, int64_t count, T* numbers) {
     if (operand.dtype == dtype_of<T>()) {
         gather(place, step, operand.swapped, count, numbers);
     } else if (operand.dtype == Dtype::kFloat64) {
@@ -80,7 +81,8 @@ void load(const Operand& operand, const char* place, int64_t step, int64_t count
 
 // The other way round, for a parameter or state: of T, or of 16 bits where T is float.
 template <class T>
-void store(const T* numbers, int64_t count, const Operand& operand, char* place, int64_t step) {
+void store(
+    const T* numbers, int64_t count, const Operand& operand, char* place, int64_t step) {
     if (operand.dtype == dtype_of<T>()) {
         scatter(numbers, count, operand.swapped, place, step);
     } else if constexpr (sizeof(T) == sizeof(float)) {
@@ -91,10 +93,11 @@ void store(const T* numbers, int64_t count, const Operand& operand, char* place,
     }
 }
 
-// A gradient on its way into the arithmetic: scaled before it is rounded, where it is wider.
+// A gradient on its way into the arithmetic: scaled before it is rounded, where it is
+// wider.
 template <class T>
 void load_gradient(const Operand& g, const char* place, int64_t step, int64_t count,
-                   double scale, T* numbers) {
+    double scale, T* numbers) {
     double wide[kBlock];
     load(g, place, step, count, wide);
     for (int64_t i = 0; i < count; ++i) numbers[i] = T(scale * wide[i]);
@@ -111,19 +114,17 @@ T rounded(double number) {
 
 template <class T>
 Scalars<T> rounded(const Scalars<double>& s) {
-    return {rounded<T>(s.step_size),        rounded<T>(s.decay),
-            rounded<T>(s.scale),            rounded<T>(s.coupled_decay),
-            rounded<T>(s.one_minus_beta_1), rounded<T>(s.beta_2),
-            rounded<T>(s.epsilon),          rounded<T>(s.clipvalue)};
+    return {rounded<T>(s.step_size), rounded<T>(s.decay), rounded<T>(s.scale),
+        rounded<T>(s.coupled_decay), rounded<T>(s.one_minus_beta_1), rounded<T>(s.beta_2),
+        rounded<T>(s.epsilon), rounded<T>(s.clipvalue)};
 }
 
-// The rule on elements of w, m and u that the loops may be unable to work on where they lie.
-// `gradient(first, count, numbers)` writes what they would load of the gradient, or `direct`
-// has it.
+// The rule on elements of w, m and u that the loops may be unable to work on where they
+// lie. `gradient(first, count, numbers)` writes what they would load of the gradient, or
+// `direct` has it.
 template <class T, class Gradient>
 void update_elements(const Operand* operands, const Places places, const int64_t* steps,
-                     int64_t count, const Scalars<T>& scalars, const T* direct,
-                     const Gradient& gradient) {
+    int64_t count, const Scalars<T>& scalars, const T* direct, const Gradient& gradient) {
     const auto& run = loops().of(T());
     bool in_place = true;
     for (int k = 0; k < 3; ++k) {

@@ -1,7 +1,8 @@
 // 16-bit floats: their conversions to and from float.
 //
-// In integer arithmetic, which every compiler vectorises and which gives the same bits, those
-// of NaNs included, on every instruction set. In the namespace ADAMAX_ISA, see rule.hpp.
+// In integer arithmetic, which every compiler vectorises and which gives the same bits,
+// those of NaNs included, on every instruction set. In the namespace ADAMAX_ISA, see
+// rule.hpp.
 
 #include <cstdint>
 #include <cstring>
@@ -44,7 +45,8 @@ inline uint16_t narrow_float16(float number) {
     const uint32_t rounded = size + 0xFFF + ((size >> 13) & 1);
     const uint32_t normal = (rounded - ((127 - 15) << 23)) >> 13;
     // Adding 0.5 leaves as many bits as the result has, correctly rounded.
-    const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3F000000;
+    const uint32_t subnormal =
+        bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3F000000;
     const uint32_t quiet_nan = ((size >> 13) & 0x1FF) | 0x7E00;
     uint32_t result = size < 0x38800000 ? subnormal : normal;
     result = size >= 0x477FF000 ? 0x7C00 : result;

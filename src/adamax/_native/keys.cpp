@@ -18,10 +18,10 @@ int bits_of(uint64_t number) {
     return bits;
 }
 
-// Sorts by the row, at most `largest`; equal rows keep their order. Returns the sorted keys,
-// which are in one of the two.
-uint64_t* sorted(uint64_t* keys, uint64_t* scratch, int64_t count, int shift,
-                 uint64_t largest) {
+// Sorts by the row, at most `largest`; equal rows keep their order. Returns the sorted
+// keys, which are in one of the two.
+uint64_t* sorted(
+    uint64_t* keys, uint64_t* scratch, int64_t count, int shift, uint64_t largest) {
     const int bits = std::max(bits_of(largest), 1);
     const int passes = (bits + kRadixBits - 1) / kRadixBits;
     const int width = (bits + passes - 1) / passes;
@@ -43,8 +43,8 @@ uint64_t* sorted(uint64_t* keys, uint64_t* scratch, int64_t count, int shift,
 
 }  // namespace
 
-int64_t Keys::build(const View& indices, int64_t rows, int64_t* outside,
-                    Outside if_outside) {
+int64_t Keys::build(
+    const View& indices, int64_t rows, int64_t* outside, Outside if_outside) {
     const int64_t given = indices.shape[0];
     count_ = 0;
     shift_ = bits_of(uint64_t(given > 1 ? given - 1 : 0));
@@ -75,7 +75,8 @@ int64_t Keys::build(const View& indices, int64_t rows, int64_t* outside,
         previous = row;
         largest = std::max(largest, row);
     }
-    keys_ = ascending ? keys : sorted(keys, keys + count_, count_, shift_, uint64_t(largest));
+    keys_ =
+        ascending ? keys : sorted(keys, keys + count_, count_, shift_, uint64_t(largest));
     return -1;
 }
 

@@ -11,12 +11,12 @@ class Keys {
   public:
     enum class Outside { kRefuse, kSkip };
 
-    // Returns the position of the first index outside [0, rows), which `outside` gets, or -1.
-    // Where these are skipped, they have no keys. `indices` are int32 or int64, of one
-    // dimension. Throws std::bad_alloc, or std::length_error where rows and positions do not
-    // fit into 64 bits.
+    // Returns the position of the first index outside [0, rows), which `outside` gets, or
+    // -1. Where these are skipped, they have no keys. `indices` are int32 or int64, of one
+    // dimension. Throws std::bad_alloc, or std::length_error where rows and positions do
+    // not fit into 64 bits.
     int64_t build(const View& indices, int64_t rows, int64_t* outside,
-                  Outside if_outside = Outside::kRefuse);
+        Outside if_outside = Outside::kRefuse);
 
     int64_t count() const { return count_; }
     int64_t row(int64_t i) const { return int64_t(keys_[i] >> shift_); }

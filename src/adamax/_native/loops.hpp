@@ -8,14 +8,14 @@ namespace adamax {
 // What the rule takes besides memory, in the order of Scalar in _core/kernels.py.
 template <class T>
 struct Scalars {
-    T step_size;         // lr_t / (1 - beta_1**t)
-    T decay;             // what w is multiplied by
-    T scale;             // what g is multiplied by, before it is clamped
-    T coupled_decay;     // what part of w is then added to g (L2 regularisation)
+    T step_size;      // lr_t / (1 - beta_1**t)
+    T decay;          // what w is multiplied by
+    T scale;          // what g is multiplied by, before it is clamped
+    T coupled_decay;  // what part of w is then added to g (L2 regularisation)
     T one_minus_beta_1;
     T beta_2;
     T epsilon;
-    T clipvalue;         // what g is clamped to
+    T clipvalue;  // what g is clamped to
 };
 
 // What a stale row must be told of the steps it has not taken.
@@ -23,8 +23,8 @@ template <class T>
 struct Gap {
     T of_w, of_m, of_u;  // what each is multiplied by
     T epsilon;
-    const T* sums;       // of the Chebyshev series
-    int64_t terms;       // 1 and some fours
+    const T* sums;  // of the Chebyshev series
+    int64_t terms;  // 1 and some fours
 };
 
 // `w`, `m`, `u` and `g` do not overlap. Nothing is allocated or thrown.
@@ -50,10 +50,16 @@ struct Loops {
     const LoopsOf<double>& of(double) const { return on_double; }
 };
 
-namespace base { extern const Loops kLoops; }
+namespace base {
+extern const Loops kLoops;
+}
 #ifdef ADAMAX_X86_64
-namespace avx2 { extern const Loops kLoops; }
-namespace avx512 { extern const Loops kLoops; }
+namespace avx2 {
+extern const Loops kLoops;
+}
+namespace avx512 {
+extern const Loops kLoops;
+}
 #endif
 
 // The loops for this processor, or those that the environment variable ADAMAX_ISA names.

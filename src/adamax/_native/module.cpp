@@ -15,9 +15,9 @@ namespace {
 
 // Calls a function without the GIL.
 //
-// At the end of the interpreter, a thread that asks for the GIL is ended right there, as if an
-// exception that nobody catches had been thrown: this must not happen in a destructor, and
-// what is destroyed on the way must not touch objects of Python.
+// At the end of the interpreter, a thread that asks for the GIL is ended right there, as if
+// an exception that nobody catches had been thrown: this must not happen in a destructor,
+// and what is destroyed on the way must not touch objects of Python.
 template <class Function>
 void without_gil(const Function& function) {
     PyThreadState* const state = PyEval_SaveThread();
@@ -37,8 +37,8 @@ void without_gil(const Function& function) {
 PyObject* failed(const Plan& plan) {
     const Problem& p = plan.problem;
     if (!p) return nullptr;
-    return Py_BuildValue("(sLLL)", p.kind, (long long)p.where, (long long)p.detail,
-                         (long long)p.value);
+    return Py_BuildValue(
+        "(sLLL)", p.kind, (long long)p.where, (long long)p.detail, (long long)p.value);
 }
 
 bool read_number(PyObject* object, double* number) {
@@ -126,7 +126,8 @@ PyObject* norm(PyObject* const* arguments) {
     return PyFloat_FromDouble(norm.value());
 }
 
-// Calls `function(row_kind)` with a zero of the type that the arithmetic on rows is done in.
+// Calls `function(row_kind)` with a zero of the type that the arithmetic on rows is done
+// in.
 template <class Function>
 void dispatch(const Rows& rows, const Function& function) {
     rows.is_double() ? function(double()) : function(float());
@@ -157,10 +158,11 @@ PyObject* catch_up_rows(PyObject* const* arguments) {
                 const int64_t start = piece * rows.piece();
                 int64_t mine = 0;
                 dispatch(rows, [&](auto kind) {
-                    each_row(rows, keys, start, start + rows.piece(), [&](int64_t i, int64_t) {
-                        mine += catch_up<decltype(kind)>(rows, keys.row(i), stamps, history,
-                                                         epsilon);
-                    });
+                    each_row(
+                        rows, keys, start, start + rows.piece(), [&](int64_t i, int64_t) {
+                            mine += catch_up<decltype(kind)>(
+                                rows, keys.row(i), stamps, history, epsilon);
+                        });
                 });
                 caught_up += mine;
             });
@@ -191,20 +193,23 @@ PyObject* catch_up_range(PyObject* const* arguments) {
     without_gil([&] {
         const int64_t of_piece = 8 * rows.piece();
         const int64_t pieces = std::max<int64_t>(last - first + of_piece - 1, 0) / of_piece;
-        parallel_for(worth(threads, (last - first) * rows.length()), pieces, [&](int64_t piece) {
-            const int64_t start = first + piece * of_piece;
-            int64_t mine = 0;
-            dispatch(rows, [&](auto kind) {
-                for (int64_t row = start; row < std::min(start + of_piece, last); ++row) {
-                    if (stamps.gap(row, history.steps) > longest) {
-                        wrong = row;
-                    } else {
-                        mine += catch_up<decltype(kind)>(rows, row, stamps, history, epsilon);
+        parallel_for(
+            worth(threads, (last - first) * rows.length()), pieces, [&](int64_t piece) {
+                const int64_t start = first + piece * of_piece;
+                int64_t mine = 0;
+                dispatch(rows, [&](auto kind) {
+                    for (int64_t row = start; row < std::min(start + of_piece, last);
+                        ++row) {
+                        if (stamps.gap(row, history.steps) > longest) {
+                            wrong = row;
+                        } else {
+                            mine += catch_up<decltype(kind)>(
+                                rows, row, stamps, history, epsilon);
+                        }
                     }
-                }
+                });
+                caught_up += mine;
             });
-            caught_up += mine;
-        });
     });
     if (wrong >= 0) {
         plan.problem = {"history", 0, wrong, 0};
@@ -213,7 +218,8 @@ PyObject* catch_up_range(PyObject* const* arguments) {
     return PyLong_FromLongLong(caught_up);
 }
 
-// use_isa(name): the loops of an instruction set, for tests; returns the name of those in use.
+// use_isa(name): the loops of an instruction set, for tests; returns the name of those in
+// use.
 PyObject* use_isa(PyObject* const* arguments) {
     if (arguments[0] != Py_None) {
         const char* name = PyUnicode_AsUTF8(arguments[0]);
@@ -221,17 +227,16 @@ PyObject* use_isa(PyObject* const* arguments) {
         const Loops* chosen = choose_loops(name);
         if (!chosen) {
             return PyErr_Format(PyExc_ValueError,
-                                "this processor or this build has no instruction set %R",
-                                arguments[0]);
+                "this processor or this build has no instruction set %R", arguments[0]);
         }
         use_loops(*chosen);
     }
     return PyUnicode_FromString(loops().name);
 }
 
-#define ADAMAX_VERB(name, count)                                                       \
+#define ADAMAX_VERB(name, count)                                                        \
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call<name, count>)), \
-     METH_FASTCALL, nullptr}
+        METH_FASTCALL, nullptr}
 
 PyMethodDef methods[] = {
     ADAMAX_VERB(step, 10),
@@ -241,12 +246,19 @@ PyMethodDef methods[] = {
     ADAMAX_VERB(catch_up_range, 9),
     ADAMAX_VERB(use_isa, 1),
     {"xla_handlers", [](PyObject*, PyObject*) { return xla_handlers(); }, METH_NOARGS,
-     nullptr},
+        nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "adamax._native.verbs", nullptr, -1, methods, nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "adamax._native.verbs",
+    nullptr,
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
     nullptr,
 };
 
@@ -261,9 +273,9 @@ PyMODINIT_FUNC PyInit_verbs() {
     const Loops* chosen = choose_loops(isa);
     if (!chosen) {
         return PyErr_Format(PyExc_ImportError,
-                            "ADAMAX_ISA=%s: this processor or this build has no such "
-                            "instruction set; known are base, avx2 and avx512",
-                            isa);
+            "ADAMAX_ISA=%s: this processor or this build has no such "
+            "instruction set; known are base, avx2 and avx512",
+            isa);
     }
     use_loops(*chosen);
     return PyModule_Create(&definition);

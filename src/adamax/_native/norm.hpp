@@ -53,8 +53,9 @@ struct Norm {
     }
 };
 
-// Pieces of work, in elements. Norms are added up piece by piece, and blocks within a piece,
-// so that they depend neither on the number of threads nor on the layout of a gradient.
+// Pieces of work, in elements. Norms are added up piece by piece, and blocks within a
+// piece, so that they depend neither on the number of threads nor on the layout of a
+// gradient.
 constexpr int64_t kNormPiece = 64 * 1024;
 
 // A gradient alone, its elements in the order of their indices.
@@ -94,7 +95,8 @@ class Gradient {
                 const int64_t count = std::min(kBlock, walk_.length() - first);
                 double sums[kBlock] = {};
                 for (int64_t j = i; j < end; ++j) {
-                    load_block(base_ + keys_->position(j) * row_step_, first, count, numbers);
+                    load_block(
+                        base_ + keys_->position(j) * row_step_, first, count, numbers);
                     loops().on_double.add(sums, numbers, count);
                 }
                 norm.add(Norm::of(sums, count));
@@ -112,10 +114,9 @@ class Gradient {
     void load_block(const char* base, int64_t start, int64_t count, double* numbers) const {
         const char* const bases[kOperands] = {base, base, base, base};
         walk_.each_run(bases, start, start + count,
-                       [&](const Places& places, int64_t first, int64_t length) {
-                           load(operand_, places[0], walk_.step[0], length,
-                                numbers + (first - start));
-                       });
+            [&](const Places& places, int64_t first, int64_t length) {
+                load(operand_, places[0], walk_.step[0], length, numbers + (first - start));
+            });
     }
 
     Operand operand_;

@@ -1,5 +1,5 @@
-// From objects of Python to what the verbs work on. Everything that can fail, fails here, with
-// the GIL held and before anything is written.
+// From objects of Python to what the verbs work on. Everything that can fail, fails here,
+// with the GIL held and before anything is written.
 #pragma once
 
 #include <array>
@@ -21,7 +21,8 @@ struct Problem {
 
 using Views = std::array<View, kOperands>;  // of w, m, u and g
 
-// Reads the arguments of one call. Methods return false with a Python error, or with a problem.
+// Reads the arguments of one call. Methods return false with a Python error, or with a
+// problem.
 class Plan {
   public:
     Step step;
@@ -40,10 +41,10 @@ class Plan {
     bool read_indices(PyObject* object, int64_t rows, Keys* keys);
     bool read_stamps(PyObject* object, int64_t rows, Stamps* stamps);
     bool read_history(PyObject* history, int offset, History* to, Recorded* recorded);
-    // Whether the history goes back to the stamps of rows; with `current`, whether these rows
-    // are up to date.
-    bool check_stamps(const Keys& keys, const Stamps& stamps, const History& history,
-                      bool current);
+    // Whether the history goes back to the stamps of rows; with `current`, whether these
+    // rows are up to date.
+    bool check_stamps(
+        const Keys& keys, const Stamps& stamps, const History& history, bool current);
     bool read_numbers(PyObject* object, Dtype dtype, int ndim, View* view);
     bool unfit(int operand);
 

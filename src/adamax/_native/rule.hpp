@@ -29,7 +29,7 @@ inline T max_or_nan(T a, T b) {
 
 template <class T, bool kCoupled>
 inline void update_run(T* __restrict w, T* __restrict m, T* __restrict u,
-                       const T* __restrict g, int64_t length, Scalars<T> s) {
+    const T* __restrict g, int64_t length, Scalars<T> s) {
     for (int64_t i = 0; i < length; ++i) {
         T gradient = s.scale * g[i];
         gradient = gradient > s.clipvalue ? s.clipvalue : gradient;
@@ -56,8 +56,8 @@ void update(T* w, T* m, T* u, const T* g, int64_t length, const Scalars<T>& s) {
 
 // Brings a stale row up to date: `_core/exact.py` has the mathematics.
 template <class T>
-inline void catch_up_runs(T* __restrict w, T* __restrict m, T* __restrict u,
-                          int64_t length, Gap<T> gap) {
+inline void catch_up_runs(
+    T* __restrict w, T* __restrict m, T* __restrict u, int64_t length, Gap<T> gap) {
     constexpr int64_t kRun = 128;
     T a[kRun], b[kRun];
     for (int64_t start = 0; start < length; start += kRun) {

@@ -10,8 +10,9 @@ class Pieces {
     void add(int64_t pieces) { first_.push_back(first_.back() + pieces); }
     int64_t count() const { return first_.back(); }
     size_t owner(int64_t piece) const {
-        return size_t(std::upper_bound(first_.begin(), first_.end(), piece) -
-                      first_.begin()) - 1;
+        return size_t(
+                   std::upper_bound(first_.begin(), first_.end(), piece) - first_.begin()) -
+               1;
     }
     int64_t first(size_t owner) const { return first_[owner]; }
 
@@ -61,7 +62,7 @@ void Step::update(size_t first, size_t last, size_t first_table, size_t last_tab
             const Parameter& parameter = parameters[first + i];
             const int64_t before = elements.first(i);
             parameter.update(std::max<int64_t>(start - before, 0),
-                             std::min(stop - before, parameter.length()));
+                std::min(stop - before, parameter.length()));
             if (i + 1 == last - first) break;
         }
     });

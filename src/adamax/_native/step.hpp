@@ -28,9 +28,9 @@ std::vector<Norm> norms_of(const std::vector<Gradient>& gradients, int threads);
 
 // What a step adds to a history: entries that change, up to and including the new one.
 struct Recorded {
-    double* sums;      // the history's own arrays
+    double* sums;  // the history's own arrays
     double* products;
-    int64_t* clock;    // see History in _core/exact.py
+    int64_t* clock;  // see History in _core/exact.py
     const double* new_sums;
     int64_t new_entries;
     const double* new_products;  // (6,)
@@ -41,7 +41,7 @@ struct Recorded {
         for (int64_t i = 0; i < new_entries; ++i) {
             const int64_t entry = (first + i) & (history.entries - 1);
             std::memcpy(sums + entry * history.terms, new_sums + i * history.terms,
-                        size_t(history.terms) * sizeof(double));
+                size_t(history.terms) * sizeof(double));
         }
         const int64_t entry = (history.steps + 1) & (history.entries - 1);
         std::memcpy(products + entry * 6, new_products, 6 * sizeof(double));
@@ -135,9 +135,7 @@ struct Step {
     // Nothing can fail here. Throws std::bad_alloc before anything is written.
     void run();
 
-    bool clips() const {
-        return std::isfinite(clipnorm) || std::isfinite(global_clipnorm);
-    }
+    bool clips() const { return std::isfinite(clipnorm) || std::isfinite(global_clipnorm); }
 
   private:
     void clip();

@@ -5,7 +5,15 @@
 
 namespace adamax {
 
-enum class Dtype : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt32, kInt64, kUInt32 };
+enum class Dtype : uint8_t {
+    kFloat32,
+    kFloat64,
+    kFloat16,
+    kBFloat16,
+    kInt32,
+    kInt64,
+    kUInt32
+};
 
 inline int64_t itemsize(Dtype dtype) {
     switch (dtype) {

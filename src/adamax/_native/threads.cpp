@@ -110,8 +110,8 @@ class Pool {
 Pool* pool = nullptr;
 
 #ifndef _WIN32
-// A forked child has the pool's memory but none of its threads, and gets a new pool. No fork
-// happens while a caller has the helpers.
+// A forked child has the pool's memory but none of its threads, and gets a new pool. No
+// fork happens while a caller has the helpers.
 void before_fork() { pool->callers.lock(); }
 void in_parent() { pool->callers.unlock(); }
 void in_child() { pool = new Pool; }

@@ -25,9 +25,9 @@ void make_pool();
 
 using Body = void (*)(const void* context, int64_t piece);
 
-// Calls `body(context, piece)` for each piece of [0, pieces), in up to `threads` threads, the
-// caller's included. Returns when all have been done. Where another caller is at it already,
-// or no thread can be started, the caller does more or all of the work by itself.
+// Calls `body(context, piece)` for each piece of [0, pieces), in up to `threads` threads,
+// the caller's included. Returns when all have been done. Where another caller is at it
+// already, or no thread can be started, the caller does more or all of the work by itself.
 void run_in_parallel(int threads, int64_t pieces, Body body, const void* context);
 
 // `function(piece)` must not throw.

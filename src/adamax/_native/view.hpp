@@ -13,10 +13,10 @@ struct View {
     const int64_t* shape = nullptr;
     const int64_t* strides = nullptr;  // in units
     int ndim = 0;
-    int64_t unit = 1;                  // of strides, in bytes
+    int64_t unit = 1;  // of strides, in bytes
     Dtype dtype = Dtype::kFloat32;
-    bool complex = false;              // then each element is two numbers of this dtype
-    bool swapped = false;              // of the other byte order
+    bool complex = false;  // then each element is two numbers of this dtype
+    bool swapped = false;  // of the other byte order
     bool writeable = true;
 
     int64_t length(int from = 0) const {  // of the dimensions from one on, in numbers
@@ -40,7 +40,8 @@ struct View {
         }
         return true;
     }
-    // Whether dimensions reach into each other's strides, so that elements may share memory.
+    // Whether dimensions reach into each other's strides, so that elements may share
+    // memory.
     bool may_overlap_itself() const {
         int64_t reach = element_size(), done = 0;
         for (int round = 0; round < ndim; ++round) {  // from the smallest stride on

@@ -27,9 +27,9 @@ class Walk {
     int64_t outer = 1;
     int64_t step[kOperands] = {};  // from element to element of a run, in bytes
 
-    // Of the dimensions from one on, where the views have the same shape. Elements come in the
-    // order in which they lie in the memory of the first view; `offset` gets where the first
-    // one is, in bytes, since strides may be negative.
+    // Of the dimensions from one on, where the views have the same shape. Elements come in
+    // the order in which they lie in the memory of the first view; `offset` gets where the
+    // first one is, in bytes, since strides may be negative.
     void build(const View* const views[kOperands], int from, int64_t offset[kOperands]) {
         build(views, from, offset, true);
     }
@@ -49,11 +49,12 @@ class Walk {
 
     int64_t length() const { return inner * outer; }
 
-    // Calls `function(places, first, count)` for the parts of runs that make up the elements
-    // from `start` to before `stop`; `first` is the number of the element at `places`.
+    // Calls `function(places, first, count)` for the parts of runs that make up the
+    // elements from `start` to before `stop`; `first` is the number of the element at
+    // `places`.
     template <class Function>
     void each_run(const char* const base[kOperands], int64_t start, int64_t stop,
-                  const Function& function) const {
+        const Function& function) const {
         while (start < stop) {
             const int64_t run = start / inner, skipped = start % inner;
             const int64_t count = std::min(inner - skipped, stop - start);
@@ -79,7 +80,7 @@ class Walk {
     };
 
     void build(const View* const views[kOperands], int from, int64_t offset[kOperands],
-               bool sorted) {
+        bool sorted) {
         std::vector<Dim> dims;
         const View& first = *views[0];
         for (int i = from; i < first.ndim; ++i) {
@@ -102,9 +103,8 @@ class Walk {
             dims.push_back(parts);
         }
         if (sorted) {
-            std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-                return a.step[0] > b.step[0];
-            });
+            std::stable_sort(dims.begin(), dims.end(),
+                [](const Dim& a, const Dim& b) { return a.step[0] > b.step[0]; });
         }
         // From the fastest on, as long as a dimension goes on where the one inside it ends.
         for (size_t i = dims.size(); i-- > 1;) {

@@ -1,25 +1,27 @@
 // The verbs as handlers of XLA, on the buffers of programs of JAX.
 //
 // XLA calls a handler from a thread of its own, which knows nothing of Python. Arrays are
-// contiguous and do not overlap, and indices outside a table are of no row. A program may have
-// been saved by another version of this package: what a handler takes and does never changes,
-// and another one gets another name. Results are in place of arguments, but for "of its own".
+// contiguous and do not overlap, and indices outside a table are of no row. A program may
+// have been saved by another version of this package: what a handler takes and does never
+// changes, and another one gets another name. Results are in place of arguments, but for
+// "of its own".
 //
 //   adamax_dense         w, m, u, g, scalars -> w, m, u
 //   adamax_rows          w, m, u, indices, values, scalars -> w, m, u
-//   adamax_exact_step    w, m, u, stamps, indices, values, scalars, history -> w, m, u, stamps
+//   adamax_exact_step    w, m, u, stamps, indices, values, scalars, history -> w, m, u,
+//   stamps
 //                        Also brings the rows whose turn it is to the step before.
 //   adamax_exact_flush   w, m, u, stamps, history -> w, m, u, stamps
 //   adamax_exact_lookup  w, m, u, stamps, indices, history -> rows, of its own
 //                        Zeros for indices of no row.
 //   adamax_sum           indices, values, rows of the table -> indices, sums, of their own
-//                        Distinct rows, ascending, and the sum of each; what is left over has
-//                        zeros, and indices of no row.
+//                        Distinct rows, ascending, and the sum of each; what is left over
+//                        has zeros, and indices of no row.
 //   adamax_put           array, indices, rows -> array
 //   adamax_add           array, indices, values -> array, rounded once for each row
 //
-// `scalars` are of the state's dtype: the step size, the decay factor, 1 - beta_1, beta_2 and
-// epsilon. `history`: see History below. Indices and stamps are int32.
+// `scalars` are of the state's dtype: the step size, the decay factor, 1 - beta_1, beta_2
+// and epsilon. `history`: see History below. Indices and stamps are int32.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -65,20 +67,22 @@ void place(Rule* rule, const View* const views[kOperands], int64_t length) {
 // Arguments 0 to 2 are a parameter and its state.
 void check_state(const Call& call) {
     for (size_t k = 1; k < 3; ++k) {
-        require(call[k].dtype == arithmetic_of(call[0].dtype) && same_shape(call[k], call[0]),
-                "adamax: state of another dtype or shape than its parameter's");
+        require(
+            call[k].dtype == arithmetic_of(call[0].dtype) && same_shape(call[k], call[0]),
+            "adamax: state of another dtype or shape than its parameter's");
     }
 }
 
 Rows rows_of(const View& w, const View& m, const View& u, const View& values) {
     require(w.ndim > 0 && values.ndim == w.ndim &&
                 std::equal(w.shape + 1, w.shape + w.ndim, values.shape + 1),
-            "adamax: values of another shape than rows of the table");
+        "adamax: values of another shape than rows of the table");
     Rows rows;
     const View* const views[kOperands] = {&w, &m, &u, &values};
     place(&rows, views, w.length(1));
     rows.count = w.shape[0];
-    for (int k = 0; k < kOperands; ++k) rows.row_step[k] = rows.length() * rows.walk.step[k];
+    for (int k = 0; k < kOperands; ++k)
+        rows.row_step[k] = rows.length() * rows.walk.step[k];
     return rows;
 }
 
@@ -98,13 +102,13 @@ Keys keys_of(const Call& call, size_t i, int64_t rows, int64_t count) {
 // Calls `function(start, stop)` for pieces of [0, count), which are of rows.
 template <class Function>
 void in_pieces(const Call& call, const Rows& rows, int64_t count, int passes,
-               const Function& function) {
+    const Function& function) {
     const int64_t piece_size = rows.piece();
     parallel_for(worth(call.threads(), passes * count * rows.length()),
-                 (count + piece_size - 1) / piece_size, [&](int64_t piece) {
-                     const int64_t start = piece * piece_size;
-                     function(start, std::min(start + piece_size, count));
-                 });
+        (count + piece_size - 1) / piece_size, [&](int64_t piece) {
+            const int64_t start = piece * piece_size;
+            function(start, std::min(start + piece_size, count));
+        });
 }
 
 // --- The rule ----------------------------------------------------------------------------
@@ -136,15 +140,15 @@ void rows(const Call& call) {
 
 // --- Exact updates -----------------------------------------------------------------------
 
-// The steps that rows have not taken, as jax/history.py keeps them: six arguments, in the dtype
-// of the state where no other is given.
+// The steps that rows have not taken, as jax/history.py keeps them: six arguments, in the
+// dtype of the state where no other is given.
 template <class T>
 struct StateHistory {
-    const T* recent;  // (2, window, terms): the sums of rows that are 1, 2, ... steps behind,
-                      // and what rounding has left out of them
+    const T* recent;  // (2, window, terms): the sums of rows that are 1, 2, ... steps
+                      // behind, and what rounding has left out of them
     const T* finals;  // (entries, terms): those of older ones, by the step
-    const T* decay;   // (entries or 0, 3): of the product of all decay factors up to a step,
-                      // the logarithm in two parts, and whether it is negative
+    const T* decay;  // (entries or 0, 3): of the product of all decay factors up to a step,
+                     // the logarithm in two parts, and whether it is negative
     const T* powers;  // (2, 4, 256): of beta_1 and beta_2, by the digits of the exponent
     double epsilon;   // (1,)
     int32_t steps;    // (1,), int32, may have overflowed
@@ -158,7 +162,7 @@ struct StateHistory {
         entries = of_finals.shape[0];
         require(window >= 1 && entries >= 2 * window && (entries & (entries - 1)) == 0 &&
                     terms <= kMostTerms && terms % 4 == 1,
-                "adamax: a history of another length");
+            "adamax: a history of another length");
         const bool decays = call[first + 2].length() > 0;
         const Dtype dtype = dtype_of<T>();
         recent = call.numbers<T>(first, dtype, {2, window, terms});
@@ -175,8 +179,9 @@ struct StateHistory {
     template <class>
     Gap<T> gap(int64_t behind, double, T* of_gap) const {
         const bool is_final = behind > window;
-        const T* sums = is_final ? finals + (int64_t(steps - behind) & (entries - 1)) * terms
-                                 : recent + (behind - 1) * terms;
+        const T* sums = is_final
+                            ? finals + (int64_t(steps - behind) & (entries - 1)) * terms
+                            : recent + (behind - 1) * terms;
         const double later = is_final ? decayed(behind - window) : 1;
         for (int64_t n = 0; n < terms; ++n) of_gap[n] = T(sums[n] * later);
         double of_m = 1, of_u = 1;
@@ -207,7 +212,8 @@ struct ExactTable {
     const Stamps stamps;
 
     ExactTable(const Call& call, const Rows& of_table, size_t of_history)
-        : rows(of_table), history(call, of_history),
+        : rows(of_table),
+          history(call, of_history),
           stamps{call.numbers<uint32_t>(3, Dtype::kInt32, {rows.count})} {}
 
     bool is_known(int64_t row) const {
@@ -219,14 +225,16 @@ struct ExactTable {
     template <class RowOf>
     void check(int64_t count, const RowOf& row) const {
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t ahead = i + kPrefetchStamps < count ? row(i + kPrefetchStamps) : -1;
+            const int64_t ahead =
+                i + kPrefetchStamps < count ? row(i + kPrefetchStamps) : -1;
             if (ahead >= 0) stamps.prefetch_row(ahead);
             if (row(i) >= 0) refuse_unless(is_known(row(i)));
         }
     }
     static void refuse_unless(bool known) {
-        require(known, "adamax: stamps that do not belong to the history of their table: its "
-                       "state was changed while rows were stale");
+        require(known,
+            "adamax: stamps that do not belong to the history of their table: its "
+            "state was changed while rows were stale");
     }
 };
 
@@ -287,7 +295,7 @@ void look_up(const ExactTable<T>& table, int64_t row, char* to) {
         std::memcpy(m, of_row[1] + first * step[1], size_t(count) * sizeof(T));
         std::memcpy(u, of_row[2] + first * step[2], size_t(count) * sizeof(T));
         const Places places = {to + first * step[0], reinterpret_cast<char*>(m),
-                               reinterpret_cast<char*>(u), nullptr};
+            reinterpret_cast<char*>(u), nullptr};
         catch_up_elements(rows.operands, places, step, count, gap);
     }
 }
@@ -297,7 +305,7 @@ void exact_lookup(const Call& call) {
     const View& result = call.result(0);
     require(result.ndim == call[0].ndim && result.dtype == call[0].dtype &&
                 result.length(1) == rows.length(),
-            "adamax: a result of another dtype or shape");
+        "adamax: a result of another dtype or shape");
     const int64_t count = result.shape[0];
     const auto* indices = call.numbers<int32_t>(4, Dtype::kInt32, {count});
     auto row = [&](int64_t i) { return indices[i] < rows.count ? indices[i] : -1; };
@@ -306,7 +314,8 @@ void exact_lookup(const Call& call) {
         table.check(count, row);
         in_pieces(call, rows, count, 3, [&](int64_t start, int64_t stop) {
             for (int64_t i = start; i < stop; ++i) {
-                const int64_t ahead = i + kPrefetchRows < count ? row(i + kPrefetchRows) : -1;
+                const int64_t ahead =
+                    i + kPrefetchRows < count ? row(i + kPrefetchRows) : -1;
                 if (ahead >= 0) rows.prefetch_row(ahead);
                 char* const to = result.data + i * rows.row_step[0];
                 if (row(i) >= 0) {
@@ -328,7 +337,7 @@ void sum(const Call& call) {
     const int64_t given = values.shape[0], length = rows.length();
     require(same_shape(sums, values) && sums.dtype == arithmetic_of(values.dtype) &&
                 same_shape(indices, call[0]) && indices.dtype == Dtype::kInt32,
-            "adamax: a result of another dtype or shape");
+        "adamax: a result of another dtype or shape");
     const Keys keys = keys_of(call, 0, rows.count, given);
     std::vector<int64_t> starts;  // of the keys of each row
     starts.reserve(size_t(keys.count()));
@@ -345,7 +354,8 @@ void sum(const Call& call) {
                 for (int64_t first = 0; first < length; first += kBlock) {
                     const int64_t count = std::min(kBlock, length - first);
                     double sum[kBlock];
-                    sum_values(rows, keys, start, end, first * rows.walk.step[3], count, sum);
+                    sum_values(
+                        rows, keys, start, end, first * rows.walk.step[3], count, sum);
                     std::copy(sum, sum + count, to + n * length + first);
                 }
             }
@@ -359,7 +369,7 @@ void put(const Call& call) {
     const View &array = call[0], &from = call[2];
     require(array.ndim > 0 && from.ndim == array.ndim && from.dtype == array.dtype &&
                 std::equal(array.shape + 1, array.shape + array.ndim, from.shape + 1),
-            "adamax: rows of another dtype or shape than the array's");
+        "adamax: rows of another dtype or shape than the array's");
     const int64_t size = array.length(1) * itemsize(array.dtype), count = from.shape[0];
     const auto* indices = call.numbers<int32_t>(1, Dtype::kInt32, {count});
     for (int64_t i = 0; i < count; ++i) {
@@ -417,10 +427,9 @@ constexpr struct {
 PyObject* xla_handlers() {
     PyObject* handlers = PyDict_New();
     for (const auto& each : kHandlers) {
-        PyObject* capsule =
-            handlers ? PyCapsule_New(reinterpret_cast<void*>(each.handler),
-                                     "xla._CUSTOM_CALL_TARGET", nullptr)
-                     : nullptr;
+        PyObject* capsule = handlers ? PyCapsule_New(reinterpret_cast<void*>(each.handler),
+                                           "xla._CUSTOM_CALL_TARGET", nullptr)
+                                     : nullptr;
         if (!capsule || PyDict_SetItemString(handlers, each.name, capsule) < 0) {
             Py_CLEAR(handlers);
         }

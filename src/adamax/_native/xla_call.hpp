@@ -30,12 +30,14 @@ class Call {
   public:
     // Results lie where the arguments of the same number do, if they are `in_place`.
     Call(const CallFrame& frame, size_t arguments, size_t results, bool in_place)
-        : frame_(frame), arguments_(views(frame.arguments)), results_(views(frame.results)) {
+        : frame_(frame),
+          arguments_(views(frame.arguments)),
+          results_(views(frame.results)) {
         require(arguments_.size() == arguments && results_.size() == results,
-                "adamax: a call with another number of operands");
+            "adamax: a call with another number of operands");
         for (size_t i = 0; in_place && i < results; ++i) {
             require(results_[i].data == arguments_[i].data,
-                    "adamax: results that are not where the arguments are");
+                "adamax: results that are not where the arguments are");
         }
     }
 
@@ -48,7 +50,7 @@ class Call {
         const View& view = arguments_[i];
         require(view.dtype == dtype && view.ndim == int(shape.size()) &&
                     std::equal(shape.begin(), shape.end(), view.shape),
-                "adamax: an operand of another dtype or shape");
+            "adamax: an operand of another dtype or shape");
         return reinterpret_cast<T*>(view.data);
     }
 

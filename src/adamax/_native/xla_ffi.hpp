@@ -1,8 +1,9 @@
 // The part of XLA's foreign-function interface that the handlers in xla.cpp use.
 //
-// The layout is that of version 0.3, in the file xla/ffi/api/c_api.h that jaxlib ships. It is
-// declared anew, so that the package can be built without jaxlib; tests/jax/test_ffi_header.py
-// compares the two. A structure's size is that of the members that its version has.
+// The layout is that of version 0.3, in the file xla/ffi/api/c_api.h that jaxlib ships. It
+// is declared anew, so that the package can be built without jaxlib;
+// tests/jax/test_ffi_header.py compares the two. A structure's size is that of the members
+// that its version has.
 #pragma once
 
 #include <cstddef>
@@ -65,7 +66,11 @@ struct Buffer {
 struct Error;
 struct Context;
 
-enum class ErrorCode : int32_t { kInvalidArgument = 3, kResourceExhausted = 8, kInternal = 13 };
+enum class ErrorCode : int32_t {
+    kInvalidArgument = 3,
+    kResourceExhausted = 8,
+    kInternal = 13
+};
 
 struct CreateError {
     size_t size;
