@@ -297,6 +297,41 @@ def exact_data_parallel() -> None:
     assert_same(contents(model.named_parameters(), optimizer), before)
 
 
+def uneven_data_parallel() -> None:
+    """Processes with more batches than others, as ``join()`` allows for."""
+    decoupled = {**OPTIONS, "decoupled_weight_decay": True}
+    batches = make_batches() * (1 + dist.get_rank())
+
+    def trained(sparse: bool, flush: bool) -> tuple[Any, Adamax]:
+        model = DistributedDataParallel(Model(sparse))
+        mode = "exact" if sparse else "lazy"
+        optimizer = Adamax(model.parameters(), **decoupled, sparse=mode)
+        if sparse:
+            optimizer.attach(model)
+        with model.join():
+            train(model, optimizer, batches)
+            if flush:
+                optimizer.flush()
+        return model, optimizer
+
+    model, optimizer = trained(sparse=True, flush=True)
+    expected, _ = trained(sparse=False, flush=True)
+    assert_close(dict(model.named_parameters()), dict(expected.named_parameters()))
+    for elsewhere in gathered(model.module.table.weight.detach()):
+        assert torch.equal(model.module.table.weight, elsewhere)
+    train(model, optimizer, own_parts(make_batches()))
+
+    # Rows that were stale at the end have been replaced by those of the last process.
+    model, optimizer = trained(sparse=True, flush=False)
+    for read in (optimizer.flush, lambda: model(batches[0].indices)):
+        try:
+            read()
+        except RuntimeError as error:
+            assert "were stale at the end of join()" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("rows were caught up that had been replaced")
+
+
 def accumulated_data_parallel() -> None:
     """Gradients of two batches are added up, and only then averaged over processes."""
     batches = make_batches()
@@ -542,6 +577,7 @@ SCENARIOS: dict[str, Callable[..., None]] = {
         never_ends,
         data_parallel,
         exact_data_parallel,
+        uneven_data_parallel,
         accumulated_data_parallel,
         fully_sharded,
         tensor_parallel,

@@ -86,6 +86,23 @@ def test_scaled_steps_of_float16(rng, path):
         assert_same_contents(optimizer, plain)
 
 
+def test_who_scales(rng):
+    """As with torch's own optimizers, the step scales with fused=True and not otherwise.
+
+    Lightning clips gradients only where it does not. Those of float16 nobody else scales.
+    """
+    for options in ({}, {"foreach": True}, {"fused": False}, {"fused": True}):
+        theirs = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], **options)
+        scales = start(rng, **options)._step_supports_amp_scaling
+        assert scales is getattr(theirs, "_step_supports_amp_scaling", False)
+        assert scales is options.get("fused", False)
+        assert start(rng, "float16", **options)._step_supports_amp_scaling
+    both = start(rng, fused=True)
+    both.add_param_group({"params": [parameter(rng, (2,))], "fused": False})
+    assert not both._step_supports_amp_scaling
+    assert "_step_supports_amp_scaling" not in vars(both)
+
+
 @paths
 @pytest.mark.parametrize("scale", [3.0, 1e5, 1e-3])
 def test_any_scale(rng, scale, path):

@@ -127,6 +127,10 @@ def test_exact_data_parallel(group):
     group.run("exact_data_parallel")
 
 
+def test_data_parallel_with_uneven_batches(group):
+    group.run("uneven_data_parallel")
+
+
 def test_data_parallel_with_accumulated_gradients(group):
     group.run("accumulated_data_parallel")
 

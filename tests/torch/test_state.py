@@ -3,7 +3,9 @@
 import copy
 import io
 import itertools
+import math
 import pickle
+from pathlib import Path
 
 import pytest
 from torch_cases import (
@@ -338,6 +340,34 @@ MALFORMED = {
     ),
     "nothing": (replaced("exp_inf", None), r"exp_inf of .* must be like it, .*, got None"),
     "no number": (replaced("step", "three"), r"^step of .* must be a number, got 'three'"),
+    "negative step": (replaced("step", -1.0), r"^step of .* whole number in .*, got -1.0"),
+    "half a step": (replaced("step", torch.tensor(2.5)), r"^step of .* whole .*, got 2.5"),
+    "no step at all": (replaced("step", torch.tensor(math.nan)), r"^step of .* got nan"),
+    "no end of steps": (replaced("step", math.inf), r"^step of .* whole .*, got inf"),
+    "too many steps": (replaced("step", 1e300), r"^step of .* whole .*, got 1e\+300"),
+    "complex step": (replaced("step", torch.tensor(2j)), r"^step of .* must be a number"),
+    "step on meta": (
+        replaced("step", torch.tensor(3.0, device="meta")),
+        r"^step of .* must be a number",
+    ),
+    "sparse step": (
+        replaced("step", torch.ones(1).to_sparse()),
+        r"^step of .* must be a number",
+    ),
+    "state on meta": (
+        replaced("exp_avg", torch.zeros(5, device="meta")),
+        r"exp_avg of .* must be like it, .*, got .*on meta",
+    ),
+    "sparse state": (
+        replaced("exp_avg", torch.ones(5).to_sparse()),
+        r"exp_avg of .* must be like it, .*, got .*torch.sparse_coo",
+    ),
+    "integers": (
+        replaced("exp_inf", torch.ones(5, dtype=torch.int32)),
+        r"exp_inf of .* must be like it, .*, got Tensor of torch.int32",
+    ),
+    "wrong lr": (option("lr", -1.0), r"^lr must be in \[0, inf\), got -1.0"),
+    "wrong betas": (option("betas", (0.9, 2.0)), r"^betas\[1\] must be in .*, got 2.0"),
     "several steps": (
         replaced("step", torch.ones(5)),
         r"^step of .* must be a number, got tens",
@@ -382,6 +412,38 @@ def test_checkpoints_of_other_optimizers_change_nothing(rng, name):
         optimizer.load_state_dict(other.state_dict())
     assert_same_contents(optimizer, before)
     assert groups_of(optimizer) == groups
+
+
+# --- Checkpoints of earlier versions ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lazy", "exact"])
+def test_checkpoints_from_before_the_native_core_load(name):
+    """And go on as they did: dense and sparse, in 16 bits, and exact."""
+    path = Path(__file__).parent / "data" / f"{name}.pt"
+    saved = torch.load(path, weights_only=True)
+    params = {name: torch.nn.Parameter(w) for name, w in saved["params"].items()}
+    groups = saved["optimizer"]["param_groups"]
+    optimizer = Adamax(
+        [{"params": [(n, params[n]) for n in group["param_names"]]} for group in groups],
+        sparse=name,
+    )
+    optimizer.load_state_dict(saved["optimizer"])
+    assert [group["sparse"] for group in optimizer.param_groups] == (
+        ["lazy"] * 2 if name == "lazy" else ["exact", "lazy"]
+    )
+    for gradients in saved["gradients"]:
+        for key, param in params.items():
+            param.grad = gradients[key]
+            if key == "table" and name == "exact":
+                optimizer.catch_up(param, param.grad._indices()[0])
+        optimizer.step()
+    optimizer.flush()
+    for key, expected in saved["later"].items():
+        for entry, value in expected.items():
+            actual = params[key] if entry == "w" else optimizer.state[params[key]][entry]
+            assert actual.dtype is value.dtype
+            torch.testing.assert_close(actual.detach(), value, rtol=1e-6, atol=1e-7)
 
 
 # --- Hooks --------------------------------------------------------------------------------

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from . import _compat
 from .exact import Tables
 
+_REFUSED = (
+    "an embedding that an optimizer is attached to is not for {}: call remove() on what "
+    "attach(model) has returned before"
+)
+
 
 class Attachment:
     """What :meth:`Adamax.attach` returns: names the weights, and takes the hooks off.
@@ -68,7 +73,8 @@ def attach(tables: Tables, model: nn.Module, exact: Iterable[Tensor]) -> Attachm
             ]
             readers.append(reader)
             names.append(name)
-            tables.add(weight, name, parallel.get(weight))
+            renorms = module.max_norm is not None
+            tables.add(weight, name, parallel.get(weight), renorms)
 
     def remove() -> None:
         for reader in readers:
@@ -107,6 +113,8 @@ class _Reader:
     ) -> None:
         if self._tables is None:
             return
+        if _compat.is_exporting() and torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(_REFUSED.format("torch.export with strict=True"))
         if _compat.is_tracing() or _compat.is_exporting():
             self.flush()
             return
@@ -117,10 +125,7 @@ class _Reader:
     @property
     def __name__(self) -> NoReturn:
         # torch.jit.script asks every hook for its name.
-        raise AttributeError(
-            "an embedding that an optimizer is attached to cannot be compiled by "
-            "torch.jit.script: call remove() on what attach(model) has returned before"
-        )
+        raise AttributeError(_REFUSED.format("torch.jit.script"))
 
     def flush(self, *_: Any) -> None:
         weight = self._weight()

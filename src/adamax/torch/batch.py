@@ -115,6 +115,19 @@ def check_state(param: Tensor, exp_avg: Tensor, exp_inf: Tensor, called: Called)
             )
 
 
+def check_counter(step: object, param: Tensor, called: Called) -> None:
+    """Raise a ValueError unless a step counter can be read."""
+    if not (
+        isinstance(step, Tensor)
+        and step.numel() == 1
+        and step.layout is torch.strided
+        and not (step.is_meta or step.is_complex())
+    ):
+        raise ValueError(
+            f"step of {called(param)} must be a tensor of one number, got {described(step)}"
+        )
+
+
 def described(value: object) -> str:
     """A value for a message; of a tensor, what kind it is."""
     if not isinstance(value, Tensor):

@@ -348,6 +348,9 @@ def prepare_rows(
         rows = sparse_rows(param, grad, called)
         ids, order = torch.sort(rows.flat(wait=False), stable=True)
         values = rows.values.resolve_conj().resolve_neg().contiguous()
+        memory = values.untyped_storage().data_ptr()
+        if memory in (t.untyped_storage().data_ptr() for t in (param, exp_avg, exp_inf)):
+            values = values.clone()
         return RowsLaunch(
             batch,
             of_step(options, scaling, param.device),

@@ -40,8 +40,9 @@ class Table:
         on_device: the same where the stamps are on a device.
         kind: of the parameter in the last step.
         state: of the parameter in the last step.
-        joined: whether rows may have been stale in ``join()``, at whose end
-            DistributedDataParallel replaces tables.
+        renorms: whether a module may write to the parameter before it reads.
+        version: of the parameter when it was last written to here, where anybody else who
+            writes replaces it: in ``join()``, at whose end DistributedDataParallel does.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class Table:
         self.on_device: RowsOnDevice | None = None
         self.kind: tuple[Any, ...] = ()
         self.state: dict[str, Any] = {}
-        self.joined = False
+        self.renorms = False
+        self.version: int | None = None
 
     @property
     def may_be_stale(self) -> bool:
@@ -94,10 +96,11 @@ class Tables:
         self._optimizer = weakref.ref(optimizer)
         self._tables: Any = WeakIdKeyDictionary()
 
-    def add(self, param: Tensor, name: str, parallel: Any) -> None:
+    def add(self, param: Tensor, name: str, parallel: Any, renorms: bool) -> None:
         """What a model calls a parameter, and the DistributedDataParallel it is in."""
         table = self._tables.setdefault(param, Table())
         table.name = table.name or name
+        table.renorms = table.renorms or renorms
         if parallel is not None:
             table.parallel = weakref.ref(parallel)
 
@@ -159,7 +162,7 @@ class Tables:
             if table.on_device is not None:
                 table.on_device.catch_up_ids(tensors, ids)
             elif self._catch_up_rows(tensors, table.stale, ids, name):
-                increment_version(param)
+                self._wrote(param, table)
 
     def _catch_up_rows(
         self, tensors: WithState, stale: StaleRows, ids: Tensor, name: str
@@ -220,9 +223,9 @@ class Tables:
 
             try:
                 stale.flush(catch_up, self.called(param))
-                table.joined = False
+                table.version = None
             finally:
-                increment_version(param)
+                self._wrote(param, table)
 
     def _with_state(self, param: Tensor, table: Table) -> WithState:
         """A parameter with stale rows and its state, if they are what they were."""
@@ -233,12 +236,23 @@ class Tables:
                 f"{self.called(param)} or its state was moved, converted, resized or "
                 f"replaced while rows of it were stale: call flush() before"
             )
-        if table.joined and not _compat.is_in_join(table.parallel()):
+        if table.version not in (None, _compat.version_of(param)):
             raise RuntimeError(
                 f"rows of {self.called(param)} were stale at the end of join(), which "
                 f"replaces parameters: call flush() at the end of the block"
             )
         return param, state["exp_avg"], state["exp_inf"]
+
+    def _wrote(self, param: Tensor, table: Table) -> None:
+        increment_version(param)
+        if table.version is not None:
+            table.version = _compat.version_of(param)
+
+    def stepped(self) -> None:
+        """Take note of what a step has written to."""
+        for param, table in self._tables.items():
+            if table.version is not None:
+                table.version = _compat.version_of(param)
 
     # --- Steps -------------------------------------------------------------------------
 
@@ -330,7 +344,7 @@ class Tables:
         now = np.uint32(stale.history.steps % 2**32)
         is_stale = stale.stamps[distinct.numpy()] != now
         if _compat.is_in_join(parallel):
-            table.joined = True
+            table.version = None if table.renorms else _compat.version_of(param)
         else:
             everywhere = torch.from_numpy(is_stale.astype(np.uint8))
             minimum = torch.distributed.ReduceOp.MIN
@@ -341,7 +355,7 @@ class Tables:
         if is_stale.any():
             tensors = self._with_state(param, table)
             self._catch_up_rows(tensors, stale, rows.flat(), self.called(param))
-            increment_version(param)
+            self._wrote(param, table)
 
 
 def _kind(param: Tensor) -> tuple[Any, ...]:
@@ -358,7 +372,7 @@ def _start(param: Tensor, table: Table, h: Hyperparameters, on_device: bool) -> 
     dtype = _arithmetic(param.dtype)
     table.stale = StaleRows(stamps, length, dtype, h.beta_1, h.beta_2, h.epsilon)
     table.on_device = RowsOnDevice(table.stale, param.dtype) if on_device else None
-    table.kind, table.joined = _kind(param), False
+    table.kind, table.version = _kind(param), None
 
 
 def _arithmetic(dtype: torch.dtype) -> str:

@@ -19,6 +19,7 @@ from .batch import (
     Batch,
     Called,
     Scaling,
+    check_counter,
     check_operands,
     check_state,
     described,
@@ -198,11 +199,7 @@ class Call:
             for column in (exp_avgs, exp_infs)
         )
         for param, step in zip(params, steps, strict=True):
-            if not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
-                raise ValueError(
-                    f"step of {self._called(param)} must be a tensor of one number, got "
-                    f"{described(step)}"
-                )
+            check_counter(step, param, self._called)
         steps = [self._own(step, _COUNTERS) for step in steps]
         part.batch = Batch(params, grads, exp_avgs, exp_infs, steps)
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .._core import rule
 from . import _compat
-from .batch import FLOATS, Batch, Called, Work, check_operands, check_state
+from .batch import (
+    FLOATS,
+    Batch,
+    Called,
+    Work,
+    check_counter,
+    check_operands,
+    check_state,
+)
 from .options import Options, check_count
 from .sparse import SparseRows, sparse_rows
 
@@ -86,6 +94,7 @@ def _step_sizes(
     lr: Any = options.lr if options.differentiable else options.rate
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     for param, step in zip(batch.params, batch.steps, strict=True):
+        check_counter(step, param, called)
         count = float(step)
         check_count(count, called(param))
         sizes.append(rule.step_size(lr, beta_1, int(count) + 1))

@@ -290,6 +290,8 @@ class Adamax(Optimizer):
                     if batch.params:
                         batches.append((batch, options))
                 take_step(batches, scaling, self._tables, self._uploads)
+                if is_exact:
+                    self._tables.stepped()
             except Exception:
                 for param in list(self.state)[had_state:]:
                     del self.state[param]
