@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 
 _UNFIT = {operand: place for place, operand in enumerate(OPERANDS)}
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
+_COUNTERS = ("float32", "float64", "int64")
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -133,7 +134,7 @@ class _Operand:
 
     def __init__(self, given: Any, operand: str, where: int) -> None:
         array, dtype = _as_array(given)
-        fits = (*_FLOATS, "int64") if operand == "step" else _FLOATS
+        fits = _COUNTERS if operand == "step" else _FLOATS
         if dtype not in fits or (operand == "step" and array.size != 1):
             raise _Stopped(("unfit", where, _UNFIT[operand], 0))
         self.array, self.dtype = array, dtype
