@@ -49,7 +49,9 @@ struct Rows {
     ADAMAX_INLINE void prefetch_row(int64_t row) const {
         for (int k = 0; k < 3; ++k) prefetch_begin(base[k] + row * row_step[k], k);
     }
-    ADAMAX_INLINE void prefetch_value(int64_t position) const { prefetch_begin(value(position), 3); }
+    ADAMAX_INLINE void prefetch_value(int64_t position) const {
+        prefetch_begin(value(position), 3);
+    }
 
   private:
     ADAMAX_INLINE void prefetch_begin(const char* place, int k) const {
