@@ -14,9 +14,9 @@ namespace adamax::xla {
 
 constexpr int64_t kMostThreads = 256;
 
-// Programs that do not fit a handler: not of JAX, or of another version of this package.
-inline void require(bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
+// Programs of JAX fit their handlers; others may not.
+inline void require(bool fits) {
+    if (!fits) throw std::invalid_argument("adamax: a call with operands that do not fit");
 }
 
 template <class Arguments>
@@ -33,11 +33,9 @@ class Call {
         : frame_(frame),
           arguments_(views(frame.arguments)),
           results_(views(frame.results)) {
-        require(arguments_.size() == arguments && results_.size() == results,
-            "adamax: a call with another number of operands");
+        require(arguments_.size() == arguments && results_.size() == results);
         for (size_t i = 0; in_place && i < results; ++i) {
-            require(results_[i].data == arguments_[i].data,
-                "adamax: results that are not where the arguments are");
+            require(results_[i].data == arguments_[i].data);
         }
     }
 
@@ -49,8 +47,7 @@ class Call {
     T* numbers(size_t i, Dtype dtype, std::initializer_list<int64_t> shape) const {
         const View& view = arguments_[i];
         require(view.dtype == dtype && view.ndim == int(shape.size()) &&
-                    std::equal(shape.begin(), shape.end(), view.shape),
-            "adamax: an operand of another dtype or shape");
+                std::equal(shape.begin(), shape.end(), view.shape));
         return reinterpret_cast<T*>(view.data);
     }
 
@@ -73,7 +70,7 @@ class Call {
     static std::vector<View> views(const Operands& operands) {
         std::vector<View> views(static_cast<size_t>(operands.count));
         for (size_t i = 0; i < views.size(); ++i) {
-            require(operands.types[i] == kBuffer, "adamax: an operand that is no buffer");
+            require(operands.types[i] == kBuffer);
             views[i] = view_of(*static_cast<const Buffer*>(operands.operands[i]));
         }
         return views;
@@ -92,7 +89,7 @@ class Call {
             case DataType::kFloat32: view.dtype = Dtype::kFloat32; break;
             case DataType::kFloat64: view.dtype = Dtype::kFloat64; break;
             case DataType::kInt32: view.dtype = Dtype::kInt32; break;
-            default: require(false, "adamax: an operand of another dtype");
+            default: require(false);
         }
         view.unit = itemsize(view.dtype);
         return view;

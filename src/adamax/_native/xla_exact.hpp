@@ -1,0 +1,194 @@
+// Exact updates of the tables of JAX, whose state has the history of the steps that stale
+// rows have not taken.
+#pragma once
+
+#include <atomic>
+
+#include "xla_rows.hpp"
+
+namespace adamax::xla {
+
+// Six arguments, in the dtype of the state but for the last: see jax/history.py.
+template <class T>
+struct StateHistory {
+    const T* recent;  // (2, window, terms): the sums of rows that are 1, 2, ... steps
+                      // behind, and what rounding has left out of them
+    const T* finals;  // (entries, terms): those of older ones, by the step
+    const T* decay;  // (entries or 0, 3): of the product of all decay factors up to a step,
+                     // the logarithm in two parts, and whether it is negative
+    const T* powers;  // (2, 4, 256): of beta_1 and beta_2, by the digits of the exponent
+    double epsilon;   // (1,)
+    int32_t steps;    // (1,), int32, may have overflowed
+    int64_t window, terms, entries;
+
+    StateHistory(const Call& call, size_t first) {
+        require(call[first].ndim == 3 && call[first + 1].ndim == 2);
+        window = call[first].shape[1];
+        terms = call[first].shape[2];
+        entries = call[first + 1].shape[0];
+        require(window >= 1 && entries >= 2 * window && (entries & (entries - 1)) == 0 &&
+                terms <= kMostTerms && terms % 4 == 1);
+        const bool decays = call[first + 2].length() > 0;
+        const Dtype dtype = dtype_of<T>();
+        recent = call.numbers<T>(first, dtype, {2, window, terms});
+        finals = call.numbers<T>(first + 1, dtype, {entries, terms});
+        decay = call.numbers<T>(first + 2, dtype, {decays ? entries : 0, 3});
+        if (!decays) decay = nullptr;
+        powers = call.numbers<T>(first + 3, dtype, {2, 4, 256});
+        epsilon = *call.numbers<T>(first + 4, dtype, {1});
+        steps = *call.numbers<int32_t>(first + 5, Dtype::kInt32, {1});
+    }
+
+    int64_t now() const { return steps; }
+
+    template <class>
+    Gap<T> gap(int64_t behind, double, T* sums) const {
+        const bool is_final = behind > window;
+        const T* entry = is_final
+                             ? finals + (int64_t(steps - behind) & (entries - 1)) * terms
+                             : recent + (behind - 1) * terms;
+        const double later = is_final ? decayed(behind - window) : 1;
+        for (int64_t n = 0; n < terms; ++n) sums[n] = T(entry[n] * later);
+        double of_m = 1, of_u = 1;
+        for (int64_t digit = 0, rest = behind; digit < 4; ++digit, rest /= 256) {
+            of_m *= powers[digit * 256 + rest % 256];
+            of_u *= powers[(4 + digit) * 256 + rest % 256];
+        }
+        return {T(decayed(behind)), T(of_m), T(of_u), T(epsilon), sums, terms};
+    }
+
+  private:
+    // The product of the last decay factors.
+    double decayed(int64_t count) const {
+        if (!decay) return 1;
+        const T* before = decay + 3 * (int64_t(steps - count) & (entries - 1));
+        const T* after = decay + 3 * (int64_t(steps) & (entries - 1));
+        const double size = std::exp((double(after[0]) - double(before[0])) +
+                                     (double(after[1]) - double(before[1])));
+        return after[2] == before[2] ? size : -size;
+    }
+};
+
+// A table, its history, and its stamps, which are the argument 3.
+template <class T>
+struct ExactTable {
+    const Rows& rows;
+    const StateHistory<T> history;
+    const Stamps stamps;
+
+    ExactTable(const Call& call, const Rows& of_table, size_t of_history)
+        : rows(of_table),
+          history(call, of_history),
+          stamps{call.numbers<uint32_t>(3, Dtype::kInt32, {rows.count})} {}
+
+    bool is_known(int64_t row) const {
+        return stamps.gap(row, history.now()) < history.entries;
+    }
+
+    static void refuse_unless(bool known) {
+        if (known) return;
+        throw std::invalid_argument(
+            "adamax: the stamps of a table do not belong to its history: its state was "
+            "changed while rows were stale");
+    }
+
+    // Of `count` rows, `row(i)`, which is negative for none.
+    template <class RowOf>
+    void check(int64_t count, const RowOf& row) const {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t ahead =
+                i + kPrefetchStamps < count ? row(i + kPrefetchStamps) : -1;
+            if (ahead >= 0) stamps.prefetch_row(ahead);
+            if (row(i) >= 0) refuse_unless(is_known(row(i)));
+        }
+    }
+
+    void catch_up_row(int64_t row) const { catch_up<T>(rows, row, stamps, history, 0); }
+
+    // Copies a row to a place and brings the copy up to date.
+    void look_up(int64_t row, char* to) const {
+        const int64_t* const step = rows.walk.step;
+        const char* of_row[3];
+        rows.place(row, of_row);
+        std::memcpy(to, of_row[0], size_t(rows.row_step[0]));
+        const int64_t behind = stamps.gap(row, history.now());
+        if (behind == 0) return;
+        T sums[kMostTerms], m[kBlock], u[kBlock];
+        const Gap<T> gap = history.template gap<T>(behind, 0, sums);
+        for (int64_t first = 0; first < rows.length(); first += kBlock) {
+            const int64_t count = std::min(kBlock, rows.length() - first);
+            std::memcpy(m, of_row[1] + first * step[1], size_t(count) * sizeof(T));
+            std::memcpy(u, of_row[2] + first * step[2], size_t(count) * sizeof(T));
+            const Places places = {to + first * step[0], reinterpret_cast<char*>(m),
+                reinterpret_cast<char*>(u), nullptr};
+            catch_up_elements(rows.operands, places, step, count, gap);
+        }
+    }
+};
+
+inline void exact_step(const Call& call) {
+    const Rows rows = table_of(call, 5);
+    const Scalars<double> scalars = scalars_of(call, 6);
+    const Keys keys = keys_of(call, 4, rows.count, call[5].shape[0]);
+    dispatch(call[0].dtype, [&](auto kind) {
+        using T = decltype(kind);
+        const ExactTable<T> table(call, rows, 7);
+        const int64_t now = table.history.now(), cycle = table.history.entries / 2;
+        const int64_t turn = (rows.count + cycle - 1) / cycle;
+        const int64_t first = std::min((now & (cycle - 1)) * turn, rows.count);
+        const int64_t last = std::min(first + turn, rows.count);
+        table.check(keys.count(), [&](int64_t i) { return keys.row(i); });
+        table.check(last - first, [&](int64_t i) { return first + i; });
+        each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
+            table.catch_up_row(keys.row(i));
+            update_row<T>(rows, keys, i, end, scalars);
+            table.stamps.set(keys.row(i), now + 1);
+        });
+        for (int64_t row = first; row < last; ++row) {
+            if (table.stamps.gap(row, now + 1) != 0) table.catch_up_row(row);
+        }
+    });
+}
+
+inline void exact_flush(const Call& call) {
+    const Rows rows = table_of(call, 0);
+    dispatch(call[0].dtype, [&](auto kind) {
+        const ExactTable<decltype(kind)> table(call, rows, 4);
+        std::atomic<bool> known{true};
+        in_pieces(call, rows, rows.count, 1, [&](int64_t start, int64_t stop) {
+            for (int64_t row = start; row < stop; ++row) {
+                table.is_known(row) ? table.catch_up_row(row) : known.store(false);
+            }
+        });
+        table.refuse_unless(known);
+    });
+}
+
+inline void exact_lookup(const Call& call) {
+    const Rows rows = table_of(call, 0);
+    const View& result = call.result(0);
+    require(result.ndim == call[0].ndim && result.dtype == call[0].dtype &&
+            result.length(1) == rows.length());
+    const int64_t count = result.shape[0];
+    const auto* indices = call.numbers<int32_t>(4, Dtype::kInt32, {count});
+    auto row = [&](int64_t i) { return indices[i] < rows.count ? indices[i] : -1; };
+    dispatch(call[0].dtype, [&](auto kind) {
+        const ExactTable<decltype(kind)> table(call, rows, 5);
+        table.check(count, row);
+        in_pieces(call, rows, count, 3, [&](int64_t start, int64_t stop) {
+            for (int64_t i = start; i < stop; ++i) {
+                const int64_t ahead =
+                    i + kPrefetchRows < count ? row(i + kPrefetchRows) : -1;
+                if (ahead >= 0) rows.prefetch_row(ahead);
+                char* const to = result.data + i * rows.row_step[0];
+                if (row(i) >= 0) {
+                    table.look_up(row(i), to);
+                } else {
+                    std::memset(to, 0, size_t(rows.row_step[0]));
+                }
+            }
+        });
+    });
+}
+
+}  // namespace adamax::xla
