@@ -559,8 +559,8 @@ def test_weight_decay_that_is_faster_than_the_momentum_is_refused():
     optimizer = exact(model, weight_decay=1.0, decoupled_weight_decay=True)
     train(model, optimizer, 3)
     optimizer.param_groups[0]["lr"] = 0.2
-    before = contents(optimizer)
     model(torch.tensor([1])).backward()
+    before = contents(optimizer)
     with pytest.raises(
         ValueError, match=r"to be at least beta_1, got 0.8 and 0.9 for para"
     ):

@@ -31,6 +31,8 @@ from adamax._core.rule import Hyperparameters, scalars_of, step_size
 from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from torch.utils._pytree import tree_leaves  # isort: skip
 from adamax.torch import Adamax, cuda, device  # isort: skip  (not without torch)
+from adamax.torch.batch import Scaling  # isort: skip
+from adamax.torch.options import DEFAULTS, Options  # isort: skip
 
 pytestmark = [
     pytest.mark.usefixtures("host"),
@@ -239,23 +241,27 @@ BETAS = (0.0, 1e-8, 0.5, 0.9, 0.95, 0.999, 0.99999, 1 - 1e-9, 1 - 2.0**-52)
 def test_the_step_size_is_exact_to_float64(kernels, beta_1):
     t = [0.0, 1.0, 5.0, 6.0, 99.0, 1e4, 1e6, 2.0**24 - 1]
     steps = [torch.tensor(count) for count in t]
-    table = torch.zeros(len(t), len(kernels.Column), dtype=torch.int64)
-    table[:, kernels.Column.STEP] = torch.tensor([step.data_ptr() for step in steps])
+    table = torch.zeros(len(t), len(kernels.COLUMNS), dtype=torch.int64)
+    at = kernels.COLUMNS.index("STEP")
+    table[:, at] = torch.tensor([step.data_ptr() for step in steps])
     scalars = torch.full((len(t), 8), math.nan, dtype=torch.float64)
-    chosen = Hyperparameters(beta_1=beta_1, beta_2=0.25, epsilon=0.125)
-    of_step = kernels.OfStep(
-        chosen, 0.1, decay=0.25, coupled_decay=0.5, sign=-1.0, grad_scale=torch.tensor(8.0)
+    group = {**DEFAULTS, "lr": 0.1, "betas": (beta_1, 0.25), "eps": 0.125}
+    group |= {"weight_decay": 0.5, "maximize": True}
+    of_step = cuda.OfStep.on(
+        torch.device("cpu"), Options.from_group(group), Scaling(torch.tensor(8.0))
     )
-    kernels.advance(table, torch.float32, scalars, of_step)
+    arguments = of_step.tensors, of_step.numbers
+    kernels.advance(table, torch.float32, scalars, *arguments)
     assert [float(step) for step in steps] == [count + 1 for count in t]
+    chosen = Hyperparameters(beta_1=beta_1, beta_2=0.25, epsilon=0.125)
     exact = [
-        scalars_of(chosen, step_size(0.1, beta_1, int(count) + 1), 0.975, -1 / 8, 0.5)
+        scalars_of(chosen, step_size(0.1, beta_1, int(count) + 1), 1.0, -1 / 8, 0.5)
         for count in t
     ]
     np.testing.assert_allclose(scalars[:, :7], np.array(exact)[:, :7], rtol=1e-15)
     one = torch.full((1, 8), math.nan, dtype=torch.float64)
     counter = torch.tensor(4.0)
-    kernels.advance(None, counter, one, of_step)
+    kernels.advance(None, counter, one, *arguments)
     assert counter == 5
     assert one[0, 0].item() == pytest.approx(step_size(0.1, beta_1, 5), rel=1e-15)
 

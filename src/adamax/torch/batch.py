@@ -1,4 +1,4 @@
-"""Parameters with their gradients and state, in parallel lists."""
+"""Parameters with their gradients and state, in parallel lists, and checks of them."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,8 @@ Work: TypeAlias = Callable[[], None]
 Called: TypeAlias = Callable[[Tensor], str]  # what messages call a parameter
 
 FLOATS = frozenset(
-    {
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-    }
+    getattr(torch, name)
+    for name in ("float32", "float64", "float16", "bfloat16", "complex64", "complex128")
 )
 PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
@@ -37,34 +31,29 @@ class Batch:
     exp_infs: list[Tensor]
     steps: list[Tensor]
 
-    def __len__(self) -> int:
-        return len(self.params)
-
     def lists(self) -> tuple[list[Tensor], ...]:
         return self.params, self.grads, self.exp_avgs, self.exp_infs, self.steps
 
     def select(self, chosen: Sequence[int]) -> "Batch":
-        if len(chosen) == len(self):
-            return self
         return Batch(*([tensors[i] for i in chosen] for tensors in self.lists()))
 
-    def split(self, keys: Sequence[Hashable]) -> "list[Batch]":
-        """Batches of the parameters that have the same key, by the first of each."""
+    def split(self, keys: Sequence[Hashable]) -> "dict[Hashable, Batch]":
+        """Batches of the parameters that have the same key."""
         positions: dict[Hashable, list[int]] = {}
         for position, key in enumerate(keys):
             positions.setdefault(key, []).append(position)
-        return [self.select(chosen) for chosen in positions.values()]
+        if len(positions) == 1:
+            return dict.fromkeys(positions, self)
+        return {key: self.select(chosen) for key, chosen in positions.items()}
 
     def singles(self) -> "list[Batch]":
-        return [self.select([i]) for i in range(len(self))]
+        return [self.select([i]) for i in range(len(self.params))]
 
     def by_layout(self) -> "tuple[Batch, Batch]":
         """The parameters with dense gradients, and those with sparse ones."""
-        dense = [grad.layout is torch.strided for grad in self.grads]
-        return (
-            self.select([i for i, is_dense in enumerate(dense) if is_dense]),
-            self.select([i for i, is_dense in enumerate(dense) if not is_dense]),
-        )
+        parts = self.split([grad.layout is torch.strided for grad in self.grads])
+        nothing = Batch([], [], [], [], [])
+        return parts.get(True, nothing), parts.get(False, nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +75,32 @@ class Scaling:
 
 
 def check_operands(batch: Batch, called: Called) -> None:
-    """Raise unless state and dense gradients have the shapes of their parameters."""
+    """Raise a ValueError unless state and dense gradients go with their parameters."""
     for param, grad, exp_avg, exp_inf, _ in zip(*batch.lists(), strict=True):
         check_state(param, exp_avg, exp_inf, called)
         if grad.shape != param.shape or (grad.is_complex() and not param.is_complex()):
-            raise ValueError(
-                f"the gradient of {called(param)} must have its shape {tuple(param.shape)} "
-                f"and be no more complex than {param.dtype}, got {grad.dtype} of shape "
-                f"{tuple(grad.shape)}"
-            )
+            raise _unlike("the gradient", param, grad, called)
 
 
 def check_state(param: Tensor, exp_avg: Tensor, exp_inf: Tensor, called: Called) -> None:
     """Raise a ValueError unless state could belong to a parameter."""
     for name, value in (("exp_avg", exp_avg), ("exp_inf", exp_inf)):
-        fits = (
+        if not (
             isinstance(value, Tensor)
             and value.layout is torch.strided
             and value.shape == param.shape
             and value.is_complex() == param.is_complex()
             and (value.is_floating_point() or value.is_complex())
             and value.is_meta == param.is_meta
-        )
-        if not fits:
-            raise ValueError(
-                f"{name} of {called(param)} must be like it, {param.dtype} of shape "
-                f"{tuple(param.shape)}, got {described(value)}"
-            )
+        ):
+            raise _unlike(name, param, value, called)
+
+
+def _unlike(name: str, param: Tensor, value: object, called: Called) -> ValueError:
+    return ValueError(
+        f"{name} of {called(param)} must be like it, {param.dtype} of shape "
+        f"{tuple(param.shape)}, got {described(value)}"
+    )
 
 
 def check_counter(step: object, param: Tensor, called: Called) -> None:

@@ -6,6 +6,7 @@ Nothing here waits for the device, and nothing is read back from it: step counte
 
 import functools
 import importlib
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -32,52 +33,36 @@ _READ_BY_GRAPHS: list[Tensor] = []
 
 
 @functools.cache
-def kernels() -> Any:
-    """The Triton kernels on whole parameters."""
-    return importlib.import_module("adamax.torch.triton")
-
-
-@functools.cache
-def row_kernels() -> Any:
-    """The Triton kernels on rows."""
-    return importlib.import_module("adamax.torch.triton_rows")
+def kernels(name: str = "triton") -> Any:
+    """The Triton kernels on whole parameters, or on rows: ``"triton_rows"``."""
+    return importlib.import_module(f"adamax.torch.{name}")
 
 
 class Uploads:
     """Integers on devices, uploaded where they have changed since the last step."""
 
     def __init__(self) -> None:
-        self._of: dict[Hashable, _Uploaded] = {}
+        self._known: dict[Hashable, tuple[Int64Array, int, Tensor]] = {}
+        self._spare: dict[Hashable, Tensor] = {}
 
     def tensor(self, key: Hashable, array: Int64Array, on: torch.device) -> Tensor:
         """``array`` on a device; ``key`` is that of similar arrays in other steps."""
-        return self._of.setdefault(key, _Uploaded()).tensor(array, on)
-
-
-class _Uploaded:
-    def __init__(self) -> None:
-        self._array: Int64Array | None = None
-        self._stream = -1
-        self._tensor = torch.empty(0)
-        self._spare = torch.empty(0)
-
-    def tensor(self, array: Int64Array, on: torch.device) -> Tensor:
         if device.DEVICE.is_capturing():
             # The graph copies them anew: what lies on the device may be gone by then.
             # Memory is better not pinned while a graph is captured, so there is a spare.
-            source = self._spare if len(self._spare) == array.size else None
-            self._spare = torch.empty(0)
-            source = device.DEVICE.staging(array.size) if source is None else source
+            source = self._spare.pop(key, torch.empty(0))
+            if len(source) != array.size:
+                source = device.DEVICE.staging(array.size)
             _READ_BY_GRAPHS.append(source)
             return _upload(source, array, on)
         stream = device.DEVICE.stream(on)
-        known = self._array is not None and np.array_equal(self._array, array)
-        if not (known and self._stream == stream):
-            self._tensor = _upload(device.DEVICE.staging(array.size), array, on)
-            self._array, self._stream = array, stream
-            if len(self._spare) != array.size:
-                self._spare = device.DEVICE.staging(array.size)
-        return self._tensor
+        known = self._known.get(key)
+        if known is None or known[1] != stream or not np.array_equal(known[0], array):
+            tensor = _upload(device.DEVICE.staging(array.size), array, on)
+            self._known[key] = known = array, stream, tensor
+            if len(self._spare.get(key, "")) != array.size:
+                self._spare[key] = device.DEVICE.staging(array.size)
+        return known[2]
 
 
 def _upload(staging: Tensor, array: Int64Array, on: torch.device) -> Tensor:
@@ -85,64 +70,48 @@ def _upload(staging: Tensor, array: Int64Array, on: torch.device) -> Tensor:
     return staging.to(on, non_blocking=True, copy=True)
 
 
-def of_step(options: Options, scaling: Scaling, on: torch.device) -> Any:
-    """What the kernels need of options besides tensors."""
-    lr = options.lr
-    if isinstance(lr, Tensor) and device.DEVICE.holds([lr]):
-        lr = lr.to(on, non_blocking=True)  # it is not read here
-    else:
-        lr = options.rate
-    return kernels().OfStep(
-        hyperparameters=options.hyperparameters,
-        lr=lr,
-        decay=options.decay,
-        coupled_decay=options.coupled_decay,
-        sign=-1.0 if options.maximize else 1.0,
-        grad_scale=_there(scaling.grad_scale, on),
-        found_inf=_there(scaling.found_inf, on),
-    )
+@dataclass(frozen=True, slots=True)
+class OfStep:
+    """What the kernels need besides parameters: see ``advance`` in ``triton.py``."""
 
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]
+    numbers: tuple[float, ...]
 
-def _there(tensor: Tensor | None, on: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(on, non_blocking=True)
+    @classmethod
+    def on(cls, where: torch.device, options: Options, scaling: Scaling) -> "OfStep":
+        lr, h = options.lr, options.hyperparameters
+        stays = isinstance(lr, Tensor) and device.DEVICE.holds([lr])  # it is not read here
+        lr_tensor, grad_scale, found_inf = (
+            t.to(where, non_blocking=True) if isinstance(t, Tensor) else None
+            for t in (lr if stays else None, scaling.grad_scale, scaling.found_inf)
+        )
+        numbers = (
+            0.0 if stays else options.rate,
+            math.log(h.beta_1) if h.beta_1 else -math.inf,
+            options.decay,
+            -1.0 if options.maximize else 1.0,
+            options.coupled_decay,
+            1.0 - h.beta_1,
+            h.beta_2,
+            h.epsilon,
+        )
+        return cls((lr_tensor, grad_scale, found_inf), numbers)
+
+    @property
+    def flags(self) -> tuple[Tensor | None, bool]:
+        """What skips a step, and whether there is coupled decay."""
+        return self.tensors[2], bool(self.numbers[4])
 
 
 def prepare(
-    batch: Batch,
-    options: Options,
-    scaling: Scaling,
-    called: Called,
-    where: tuple[int, Uploads],
+    batch: Batch, options: Options, scaling: Scaling, called: Called, uploads: Uploads
 ) -> list[Work]:
     """All that can fail in a step of some parameters; returns what remains to be done.
-
-    ``where`` is the number of the group, and what has been uploaded in other steps.
 
     Raises:
         RuntimeError: a step counter that is not on the device of its parameter.
         ValueError: tensors that do not fit their parameters.
     """
-    _check_counters(batch, called)
-    dense, sparse = batch.by_layout()
-    check_operands(dense, called)
-    work: list[Work] = []
-    for one in sparse.singles():
-        if in_place(one):
-            work.append(prepare_rows(one, options, scaling, called))
-        elif not scaling.skips:  # it is rare enough to wait for the device
-            number = scaling.number
-            work += operations.prepare(one, options, number, called, foreach=False)
-    keys = [
-        (p.device, p.dtype, step.dtype, grad.dtype)
-        for p, grad, step in zip(dense.params, dense.grads, dense.steps, strict=True)
-    ]
-    for part, key in zip(dense.split(keys), dict.fromkeys(keys), strict=True):
-        with device.DEVICE.current(key[0]):
-            work.append(_prepare_dense(part, options, scaling, (where[0], key), where[1]))
-    return work
-
-
-def _check_counters(batch: Batch, called: Called) -> None:
     for param, step in zip(batch.params, batch.steps, strict=True):
         if step.device != param.device or step.dtype not in (torch.float32, torch.float64):
             raise RuntimeError(
@@ -150,47 +119,103 @@ def _check_counters(batch: Batch, called: Called) -> None:
                 f"float32 or float64 on its device {param.device}, got {step.dtype} on "
                 f"{step.device}; load_state_dict() puts it there"
             )
+    dense, sparse = batch.by_layout()
+    check_operands(dense, called)
+    work: list[Work] = []
+    for one in sparse.singles():
+        if in_place(one):
+            work.append(prepare_rows(one, options, scaling, called))
+        elif not scaling.skips:  # it is rare enough to wait for the device
+            scale = scaling.number
+            work += operations.prepare(one, options, scale, called, foreach=False)
+    keys = [
+        (p.device, p.dtype, step.dtype, grad.dtype)
+        for p, grad, step in zip(dense.params, dense.grads, dense.steps, strict=True)
+    ]
+    for key, part in dense.split(keys).items():
+        with device.DEVICE.current(part.params[0].device):
+            work.append(_DenseLaunch.of(part, options, scaling, key, uploads))
+    return work
 
 
 # --- Dense gradients -------------------------------------------------------------------
 
 
-def _prepare_dense(
-    batch: Batch, options: Options, scaling: Scaling, key: Hashable, uploads: Uploads
-) -> Work:
-    """A launch for parameters of one device and dtype."""
-    columns, copies = _fitted(batch)
-    params, _, _, grads = columns
-    dtype, on = params[0].dtype, params[0].device
-    addresses = np.array(
-        [[t.data_ptr() for t in c] for c in (*columns[:3], batch.steps, grads)], np.int64
-    )
-    sizes = np.array([[t.nbytes for t in c] for c in columns], np.int64)
-    apart, overlapping = _overlaps(addresses[[0, 1, 2, 4]], sizes)
-    for i in overlapping.tolist():
-        grads[i] = grads[i].clone()
-        addresses[4, i] = grads[i].data_ptr()
+@dataclass(frozen=True, slots=True)
+class _DenseLaunch:
+    """Parameters of one device and dtype; holds the memory that it has the addresses of."""
 
-    lengths = np.array([p.numel() for p in params], np.int64)
-    lengths *= 2 if dtype.is_complex else 1
-    chunk = kernels().chunk_of(int(lengths.sum()))
-    programs = -(-lengths // chunk)
-    first = np.concatenate([[0], np.cumsum(programs)])
-    rows = np.concatenate([addresses, [lengths, first[:-1]]]).T
-    owners = np.repeat(np.arange(len(params)), programs)
-    # Parameters that share memory are updated one after the other, as in torch.
-    bounds = [(0, int(first[-1]))] if apart else pairwise(first.tolist())
-    uploaded = uploads.tensor(key, np.concatenate([rows.ravel(), owners]), on)
-    return _DenseLaunch(
-        batch,
-        columns,
-        copies,
-        of_step(options, scaling, on),
-        (uploaded[: rows.size], uploaded[rows.size :]),
-        torch.empty((len(params), 8), dtype=torch.float64, device=on),
-        chunk,
-        [range(start, end) for start, end in bounds if end > start],
-    )
+    batch: Batch
+    columns: list[list[Tensor]]
+    copies: list[tuple[Tensor, Tensor]]  # which to copy back where
+    of_step: OfStep
+    table: Tensor
+    owners: Tensor  # the parameter of each program
+    scalars: Tensor
+    chunk: int
+    launches: list[range]  # programs that may run at once
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        options: Options,
+        scaling: Scaling,
+        key: Hashable,
+        uploads: Uploads,
+    ) -> "_DenseLaunch":
+        columns, copies = _fitted(batch)
+        params, grads = columns[0], columns[3]
+        dtype, on = params[0].dtype, params[0].device
+        five = (*columns[:3], batch.steps, grads)
+        addresses = np.array([[t.data_ptr() for t in c] for c in five], np.int64)
+        sizes = np.array([[t.nbytes for t in c] for c in columns], np.int64)
+        apart, overlapping = _overlaps(addresses[[0, 1, 2, 4]], sizes)
+        for i in overlapping.tolist():
+            grads[i] = grads[i].clone()
+            addresses[4, i] = grads[i].data_ptr()
+
+        lengths = np.array([p.numel() for p in params], np.int64) * (1 + dtype.is_complex)
+        chunk = kernels().chunk_of(int(lengths.sum()))
+        programs = -(-lengths // chunk)
+        first = np.concatenate([[0], np.cumsum(programs)])
+        rows = np.concatenate([addresses, [lengths, first[:-1]]]).T
+        owners = np.repeat(np.arange(len(params)), programs)
+        uploaded = uploads.tensor(key, np.concatenate([rows.ravel(), owners]), on)
+        # Parameters that share memory are updated one after the other, as in torch.
+        bounds = [(0, int(first[-1]))] if apart else pairwise(first.tolist())
+        return cls(
+            batch,
+            columns,
+            copies,
+            OfStep.on(on, options, scaling),
+            uploaded[: rows.size],
+            uploaded[rows.size :],
+            torch.empty((len(params), 8), dtype=torch.float64, device=on),
+            chunk,
+            [range(start, end) for start, end in bounds if end > start],
+        )
+
+    def __call__(self) -> None:
+        dtypes = tuple(self.columns[i][0].dtype.to_real() for i in (0, 3))
+        of_step, counter = self.of_step, self.batch.steps[0].dtype
+        with device.DEVICE.current(self.scalars.device):
+            kernels().advance(
+                self.table, counter, self.scalars, of_step.tensors, of_step.numbers
+            )
+            for programs in self.launches:
+                kernels().dense_step(
+                    dtypes,
+                    self.table,
+                    self.owners,
+                    self.scalars,
+                    *of_step.flags,
+                    self.chunk,
+                    programs,
+                )
+            for target, source in self.copies:
+                target.copy_(source)
+        increment_version(self.batch.params)
 
 
 def _fitted(batch: Batch) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -200,14 +225,19 @@ def _fitted(batch: Batch) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor
     dimensions, and its gradient and state have the same order.
     """
     params, grads, exp_avgs, exp_infs, _ = batch.lists()
-    dtype, gradient = params[0].dtype, grads[0].dtype
+    dtype, of_gradients, on = params[0].dtype, grads[0].dtype, params[0].device
     number = state_dtype(dtype)
-    if gradient not in FLOATS or gradient.is_complex != dtype.is_complex:
-        gradient = number
+    if of_gradients not in FLOATS or of_gradients.is_complex != dtype.is_complex:
+        of_gradients = number
     columns = [params, exp_avgs, exp_infs, grads]
-    dtypes = [dtype, number, number, gradient]
-    pairs = list(zip(columns, dtypes, strict=True))
-    if all(_are_flat(column, dtype, params[0].device) for column, dtype in pairs):
+    dtypes = [dtype, number, number, of_gradients]
+    if all(
+        set(map(_KIND, column)) == {(torch.strided, wanted, on)}
+        and all(map(Tensor.is_contiguous, column))
+        and not any(map(Tensor.is_conj, column))
+        and not any(map(Tensor.is_neg, column))
+        for column, wanted in zip(columns, dtypes, strict=True)
+    ):
         return [list(column) for column in columns], []
     # Of a parameter's shape and order of dimensions, without holes; no memory.
     layouts = [
@@ -215,30 +245,19 @@ def _fitted(batch: Batch) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor
         for p in params
     ]
     fitted = [
-        [_fit(t, x, dtype, params[0].device) for t, x in zip(column, layouts, strict=True)]
-        for column, dtype in pairs
+        [
+            tensor
+            if tensor.stride() == like.stride() and _is_fit(tensor, wanted, on)
+            else torch.empty_like(like, dtype=wanted, device=on).copy_(tensor)
+            for tensor, like in zip(column, layouts, strict=True)
+        ]
+        for column, wanted in zip(columns, dtypes, strict=True)
     ]
     written = zip(chain(*columns[:3]), chain(*fitted[:3]), strict=True)
     return fitted, [(tensor, copy) for tensor, copy in written if copy is not tensor]
 
 
-def _are_flat(tensors: list[Tensor], dtype: torch.dtype, on: torch.device) -> bool:
-    """Whether the elements of each tensor lie in memory as its indices count them."""
-    return (
-        set(map(_KIND, tensors)) == {(torch.strided, dtype, on)}
-        and all(map(Tensor.is_contiguous, tensors))
-        and not any(map(Tensor.is_conj, tensors))
-        and not any(map(Tensor.is_neg, tensors))
-    )
-
-
-def _fit(tensor: Tensor, like: Tensor, dtype: torch.dtype, on: torch.device) -> Tensor:
-    """``tensor`` if it has the layout of ``like``, else a copy that has."""
-    same = tensor.stride() == like.stride() and _are_of_kind(tensor, dtype, on)
-    return tensor if same else torch.empty_like(like, dtype=dtype, device=on).copy_(tensor)
-
-
-def _are_of_kind(tensor: Tensor, dtype: torch.dtype, on: torch.device) -> bool:
+def _is_fit(tensor: Tensor, dtype: torch.dtype, on: torch.device) -> bool:
     lazy = tensor.is_conj() or tensor.is_neg()
     return tensor.dtype is dtype and tensor.device == on and not lazy
 
@@ -261,40 +280,6 @@ def _overlaps(
     return apart, np.flatnonzero(starts[following] < addresses[3] + sizes[3])
 
 
-@dataclass(frozen=True, slots=True)
-class _DenseLaunch:
-    """Holds the memory that it has the addresses of."""
-
-    batch: Batch
-    columns: list[list[Tensor]]
-    copies: list[tuple[Tensor, Tensor]]
-    of_step: Any
-    uploaded: tuple[Tensor, Tensor]  # the table, and the parameter of each program
-    scalars: Tensor
-    chunk: int
-    launches: list[range]  # programs that may run at once
-
-    def __call__(self) -> None:
-        param, grad = self.columns[0][0], self.columns[3][0]
-        table, owners = self.uploaded
-        with device.DEVICE.current(param.device):
-            counter = self.batch.steps[0].dtype
-            kernels().advance(table, counter, self.scalars, self.of_step)
-            for programs in self.launches:
-                kernels().dense_step(
-                    (param.dtype.to_real(), grad.dtype.to_real()),
-                    table,
-                    owners,
-                    self.scalars,
-                    self.of_step,
-                    self.chunk,
-                    programs,
-                )
-            for target, source in self.copies:
-                target.copy_(source)
-        increment_version(self.batch.params)
-
-
 # --- Sparse gradients ------------------------------------------------------------------
 
 
@@ -303,7 +288,7 @@ def in_place(one: Batch) -> bool:
     (param,), _, exp_avg, exp_inf, _ = one.lists()
     wanted = state_dtype(param.dtype)
     return param.is_contiguous() and all(
-        state.is_contiguous() and _are_of_kind(state, wanted, param.device)
+        state.is_contiguous() and _is_fit(state, wanted, param.device)
         for state in (*exp_avg, *exp_inf)
     )
 
@@ -313,7 +298,7 @@ class RowsLaunch:
     """The rows of one table."""
 
     batch: Batch
-    of_step: Any
+    of_step: OfStep
     values: Tensor
     rows: int
     row_length: int  # in numbers
@@ -323,17 +308,18 @@ class RowsLaunch:
 
     def __call__(self) -> None:
         (param,), _, (exp_avg,), (exp_inf,), (step,) = self.batch.lists()
+        of_step = self.of_step
         with device.DEVICE.current(param.device):
-            kernels().advance(None, step, self.scalars, self.of_step)
+            kernels().advance(None, step, self.scalars, of_step.tensors, of_step.numbers)
             if len(self.ids) and self.row_length:
-                row_kernels().rows_step(
+                kernels("triton_rows").rows_step(
                     param.dtype.to_real(),
                     tuple(map(as_numbers, (param, exp_avg, exp_inf, self.values))),
                     (self.ids, self.order),
                     self.rows,
                     self.row_length,
                     self.scalars,
-                    self.of_step,
+                    *of_step.flags,
                 )
         increment_version(param)
 
@@ -353,7 +339,7 @@ def prepare_rows(
             values = values.clone()
         return RowsLaunch(
             batch,
-            of_step(options, scaling, param.device),
+            OfStep.on(param.device, options, scaling),
             values,
             rows.count,
             rows.row_length,

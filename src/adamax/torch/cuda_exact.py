@@ -7,7 +7,9 @@ when it was read, the device finds out, and stops with an assertion if it was no
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 from torch.autograd.graph import increment_version
 
 import numpy as np
@@ -19,8 +21,10 @@ from .._core.exact import History
 from .._core.kernels import Float64Array, Int64Array
 from .._core.stale import StaleRows
 from . import _compat, device
-from .cuda import RowsLaunch, as_numbers, row_kernels
+from .cuda import RowsLaunch, as_numbers, kernels
 from .options import Options
+
+_DTYPES = torch.float64, torch.float64, torch.int64
 
 WithState = tuple[Tensor, Tensor, Tensor]  # a parameter and its state
 
@@ -56,15 +60,13 @@ class RowsOnDevice:
         """Catch up the rows in sorted ids, or in a range."""
         history, on = self.stale.history, tensors[0].device
         with device.DEVICE.current(on):
-            sums, products = self._uploaded.tensors(history, on)
-            clock = tuple(history.clock.tolist())
-            row_kernels().catch_up(
+            kernels("triton_rows").catch_up(
                 self._dtype,
                 tuple(map(as_numbers, tensors)),
                 self.stale.stamps,
                 rows,
                 self.stale.row_length,
-                row_kernels().DeviceHistory(sums, products, clock),
+                self._uploaded.tensors(history, on),
                 self.stale.epsilon,
             )
 
@@ -84,35 +86,39 @@ class _UploadedHistory:
         self._sums: Float64Array | None = None
         self._key: tuple[int, ...] = ()
         self._steps = -1
-        self._tensors = torch.empty(0), torch.empty(0)
+        self._tensors: tuple[Tensor, ...] = ()
 
-    def tensors(self, history: History, on: torch.device) -> tuple[Tensor, Tensor]:
-        arrays = history.sums, history.products
+    def tensors(self, history: History, on: torch.device) -> tuple[Tensor, ...]:
         key = device.DEVICE.stream(on), history.start, history.window
         if history.sums is not self._sums or key != self._key:
             self._sums, self._key, self._steps = history.sums, key, -1
-            sums, products = (
-                torch.empty(array.shape, dtype=torch.float64, device=on) for array in arrays
+            self._tensors = tuple(
+                torch.empty(array.shape, dtype=dtype, device=on)
+                for array, dtype in zip(history.arrays, _DTYPES, strict=True)
             )
-            self._tensors = sums, products
         now, last = history.steps, history.entries - 1
         if self._steps < now:
+            sums, products, clock = self._tensors
             oldest = max(history.start, now - last)
-            for array, tensor, lag in zip(arrays, self._tensors, (key[2], 0), strict=True):
+            for array, tensor, lag in (
+                (history.sums, sums, history.window),
+                (history.products, products, 0),
+            ):
                 first = max(oldest, self._steps - lag)
                 _upload(array, tensor, np.arange(first, now + 1) & last)
+            _upload(history.clock, clock, np.arange(len(clock)))
             self._steps = now
         return self._tensors
 
 
-def _upload(source: Float64Array, target: Tensor, entries: Int64Array) -> None:
+def _upload(source: npt.NDArray[Any], target: Tensor, entries: Int64Array) -> None:
     """Copy entries of a ring, which are next to each other but for its end."""
     wraps = np.flatnonzero(entries == 0)[:1]
     for part in np.split(entries, wraps):
         if len(part):
             first, end = int(part[0]), int(part[-1]) + 1
             array = source[first:end]
-            staging = device.DEVICE.staging(array.size, torch.float64)
+            staging = device.DEVICE.staging(array.size, target.dtype)
             staging.numpy()[:] = array.ravel()
             target[first:end].copy_(staging.view(array.shape), non_blocking=True)
 
@@ -140,7 +146,7 @@ class ExactLaunch:
         )
         self.rows.catch_up_in_turn((param, exp_avg, exp_inf))
         with device.DEVICE.current(param.device):
-            row_kernels().stamp_rows(
+            kernels("triton_rows").stamp_rows(
                 self.launch.ids, stale.rows, stale.stamps, stale.history.steps + 1
             )
         self.launch()

@@ -48,7 +48,7 @@ def take_step(
 
     call, work = Call(scaling, called), []
     uploads = cuda.Uploads() if uploads is None else uploads
-    for number, (batch, options) in enumerate(groups):
+    for batch, options in groups:
         if options.exact and tables is not None:
             batch, sparse = batch.by_layout()
             tables.check_dense(batch.params)
@@ -63,8 +63,7 @@ def take_step(
                 if way == "native":
                     work += _add_to(call, part, options, scaling, called)
                 elif way == "triton":
-                    where = number, uploads
-                    work += cuda.prepare(part, options, scaling, called, where)
+                    work += cuda.prepare(part, options, scaling, called, uploads)
                 else:
                     foreach, scale = way == "foreach", scaling.number
                     work += operations.prepare(
@@ -123,7 +122,7 @@ def _check_leaves(batch: Batch, options: Options) -> None:
         )
 
 
-def _ways(batch: Batch, options: Options) -> Iterator[tuple[str, Batch]]:
+def _ways(batch: Batch, options: Options) -> Iterator[tuple[Any, Batch]]:
     """The ways that a step of a group takes, with the parameters that take each."""
     if options.path != "compiled":
         yield options.path, batch
@@ -142,7 +141,7 @@ def _ways(batch: Batch, options: Options) -> Iterator[tuple[str, Batch]]:
                 f"installed, on an NVIDIA GPU, got {type(param).__name__} of {param.dtype} "
                 f"on {param.device}"
             )
-    yield from zip(dict.fromkeys(ways), batch.split(ways), strict=True)
+    yield from batch.split(ways).items()
 
 
 def _way(param: Tensor, devices: list[str]) -> str:

@@ -77,7 +77,7 @@ def prepare(
         work.append(partial(_step_rows, one, rows, options, scale, sizes))
     # Otherwise one after the other, which matters for parameters that share memory.
     keys = [(param.device, param.dtype) for param in dense.params]
-    for part in dense.split(keys) if foreach else dense.singles():
+    for part in dense.split(keys).values() if foreach else dense.singles():
         sizes = _step_sizes(part, options, called)
         on = _ON_LISTS if foreach else _ON_TENSORS
         work.append(partial(_step, part, options, scale, sizes, on))
@@ -96,7 +96,7 @@ def _step_sizes(
     for param, step in zip(batch.params, batch.steps, strict=True):
         check_counter(step, param, called)
         count = float(step)
-        check_count(count, called(param))
+        check_count(count, param, called)
         sizes.append(rule.step_size(lr, beta_1, int(count) + 1))
     return sizes, rule.decay_factor(lr, options.decay)
 

@@ -13,6 +13,7 @@ from .._core import rule
 from .._core.kernels import Float64Array
 from .._core.rule import Hyperparameters
 from . import device
+from .batch import Called
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -140,11 +141,11 @@ def _may_be_read(lr: Tensor, group: Mapping[str, Any], reads_lr: bool) -> bool:
     return reads_lr and not group["capturable"]
 
 
-def check_count(count: float, name: str) -> None:
+def check_count(count: float, param: Tensor, called: Called) -> None:
     """Raise a ValueError unless a step counter can have this value."""
     if not (0 <= count < MOST_STEPS and count == int(count)):
         raise ValueError(
-            f"step of {name} must be a whole number in [0, 2**53), got {count!r}"
+            f"step of {called(param)} must be a whole number in [0, 2**53), got {count!r}"
         )
 
 

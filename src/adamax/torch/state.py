@@ -107,4 +107,4 @@ def _check_step(param: Tensor, step: Any) -> None:
         readable = strided and step.numel() == 1 and not step.is_complex()
     if not readable:
         raise ValueError(f"step of {by_shape(param)} must be a number, got {step!r}")
-    check_count(float(step), by_shape(param))
+    check_count(float(step), param, by_shape)

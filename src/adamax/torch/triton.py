@@ -5,10 +5,9 @@ says may all lie on it. The order of operations is that of the native core; comp
 fuse a product with a sum.
 """
 
-import enum
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -16,8 +15,6 @@ import triton.language as tl
 
 import torch
 from torch import Tensor
-
-from .._core.rule import Hyperparameters, Scalar
 
 # A program takes a number of blocks of a tensor, one after the other. With 4 warps that is
 # 4 numbers for each thread: of float32, a load of 16 bytes from each of 4 arrays.
@@ -27,27 +24,12 @@ PROGRAMS = 8192
 WARPS = 4
 COUNTERS = 128  # that one program advances
 
-
-class Column(enum.IntEnum):
-    """What a table tells of a parameter, as int64."""
-
-    W = 0  # addresses
-    M = 1
-    U = 2
-    STEP = 3  # of its counter, float32 or float64
-    G = 4
-    LENGTH = 5
-    FIRST = 6  # the first program that works on it
-
-
-_W = tl.constexpr(int(Column.W))
-_M = tl.constexpr(int(Column.M))
-_U = tl.constexpr(int(Column.U))
-_STEP = tl.constexpr(int(Column.STEP))
-_G = tl.constexpr(int(Column.G))
-_LENGTH = tl.constexpr(int(Column.LENGTH))
-_FIRST = tl.constexpr(int(Column.FIRST))
-_COLUMNS = tl.constexpr(len(Column))
+# What a table tells of a parameter, as int64: the addresses of w, m, u, step counter and g,
+# the length, and the first program that works on it.
+COLUMNS = ("W", "M", "U", "STEP", "G", "LENGTH", "FIRST")
+_W, _M, _U, _STEP, _G, _LENGTH, _FIRST = map(tl.constexpr, range(7))
+# The columns of scalars, in the order of adamax._core.rule.Scalar.
+_STEP_SIZE, _DECAY, _SCALE, _COUPLED, _RATE, _BETA_2, _EPSILON = map(tl.constexpr, range(7))
 _LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
 
 _DTYPES = {
@@ -58,56 +40,23 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class OfStep:
-    """What the scalars of a step follow from, besides its number.
-
-    Attributes:
-        hyperparameters: of the group.
-        lr: a number, or a tensor on the device, which is not read before the launch.
-        decay: decoupled weight decay.
-        coupled_decay: what part of a parameter is added to its gradient.
-        sign: of the gradient.
-        grad_scale: what gradients are divided by.
-        found_inf: not 0 where there is to be no step.
-    """
-
-    hyperparameters: Hyperparameters
-    lr: float | Tensor
-    decay: float
-    coupled_decay: float
-    sign: float
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    def arguments(self) -> tuple[object, ...]:
-        """As the kernel takes them."""
-        lr, h = self.lr, self.hyperparameters
-        on_device = isinstance(lr, Tensor)
-        numbers = (
-            0.0 if on_device else float(lr),
-            math.log(h.beta_1) if h.beta_1 else -math.inf,
-            self.decay,
-            self.sign,
-            self.coupled_decay,
-            1.0 - h.beta_1,
-            h.beta_2,
-            h.epsilon,
-        )
-        on_device_too = lr if on_device else None, self.grad_scale, self.found_inf
-        return (*on_device_too, *map(bits, numbers))
-
-
 def advance(
-    table: Tensor | None, counters: Tensor | torch.dtype, scalars: Tensor, of_step: OfStep
+    table: Tensor | None,
+    counters: Tensor | torch.dtype,
+    scalars: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
 ) -> None:
     """Add 1 to step counters, unless infinities were found, and write what follows.
 
     Args:
-        table: a row of :class:`Column` for each parameter; None for a single one.
+        table: a row of ``COLUMNS`` for each parameter; None for a single one.
         counters: their dtype, or the single counter.
         scalars: ``(n, 8)``, float64, in the order of :class:`adamax._core.rule.Scalar`.
-        of_step: what they follow from.
+        tensors: learning rate, what gradients are divided by, and what is not 0 where there
+            is to be no step; None where it does not apply.
+        numbers: learning rate if there is no tensor, logarithm of beta_1, decoupled decay,
+            sign of the gradient, coupled decay, 1 - beta_1, beta_2 and epsilon.
     """
     one = isinstance(counters, Tensor)
     _advance[(triton.cdiv(len(scalars), COUNTERS),)](
@@ -115,7 +64,8 @@ def advance(
         counters if one else None,
         len(scalars),
         scalars,
-        *of_step.arguments(),
+        *tensors,
+        *map(bits, numbers),
         COUNTER=_DTYPES[counters.dtype if isinstance(counters, Tensor) else counters],
         BLOCK=1 if one else COUNTERS,
         num_warps=1 if one else WARPS,
@@ -132,7 +82,8 @@ def dense_step(
     table: Tensor,
     owners: Tensor,
     scalars: Tensor,
-    of_step: OfStep,
+    found_inf: Tensor | None,
+    coupled: bool,
     chunk: int,
     programs: range,
 ) -> None:
@@ -140,10 +91,11 @@ def dense_step(
 
     Args:
         dtypes: of the parameters and of the gradients, of real numbers.
-        table: a row of :class:`Column` for each parameter.
+        table: a row of ``COLUMNS`` for each parameter.
         owners: the parameter that each program works on.
         scalars: what :func:`advance` has written.
-        of_step: likewise.
+        found_inf: not 0 where there is to be no step.
+        coupled: whether there is coupled decay.
         chunk: elements of a program.
         programs: those to launch.
     """
@@ -151,13 +103,13 @@ def dense_step(
         table,
         owners,
         scalars,
-        of_step.found_inf,
+        found_inf,
         programs.start,
         chunk,
         STORED=_DTYPES[dtypes[0]],
         GRADIENT=_DTYPES[dtypes[1]],
         NUMBER=number_of(dtypes[0]),
-        COUPLED=bool(of_step.coupled_decay),
+        COUPLED=coupled,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -192,13 +144,6 @@ def rounded(x, NUMBER: tl.constexpr):
 # --- Scalars ---------------------------------------------------------------------------
 
 _NUMBERS = ["lr", "logarithm", "decay", "sign", "coupled", "rate", "beta_2", "epsilon"]
-_STEP_SIZE = tl.constexpr(int(Scalar.STEP_SIZE))
-_DECAY = tl.constexpr(int(Scalar.DECAY))
-_SCALE = tl.constexpr(int(Scalar.SCALE))
-_COUPLED = tl.constexpr(int(Scalar.COUPLED_DECAY))
-_RATE = tl.constexpr(int(Scalar.ONE_MINUS_BETA_1))
-_BETA_2 = tl.constexpr(int(Scalar.BETA_2))
-_EPSILON = tl.constexpr(int(Scalar.EPSILON))
 
 
 @triton.jit(do_not_specialize=["count", *_NUMBERS])
@@ -224,7 +169,7 @@ def _advance(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     if counters is None:
-        address = tl.load(table + _COLUMNS * i + _STEP, mask=mask, other=0)
+        address = tl.load(table + 7 * i + _STEP, mask=mask, other=0)
         counter = address.to(tl.pointer_type(COUNTER))
     else:
         counter = counters + i
@@ -323,7 +268,7 @@ def _dense_step(
 ):
     program = tl.program_id(0).to(tl.int64) + start
     i = tl.load(owners + program)
-    row = table + _COLUMNS * i
+    row = table + 7 * i
     scalars += 8 * i
     w = tl.load(row + _W)
     m = tl.load(row + _M)

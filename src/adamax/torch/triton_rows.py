@@ -4,8 +4,6 @@ Indices come sorted, with the place that each had. An index out of range, or a r
 stale when it was read, stops the device with an assertion.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,6 @@ from torch import Tensor
 from .triton import (
     COUNTERS,
     WARPS,
-    OfStep,
     bits,
     float64_of,
     number_of,
@@ -37,7 +34,8 @@ def rows_step(
     rows: int,
     row_length: int,
     scalars: Tensor,
-    of_step: OfStep,
+    found_inf: Tensor | None,
+    coupled: bool,
 ) -> None:
     """One step of the rule on the rows that a gradient has values for.
 
@@ -48,7 +46,8 @@ def rows_step(
         rows: of the table.
         row_length: numbers in a row.
         scalars: ``(1, 8)``, as ``advance`` has written them.
-        of_step: likewise.
+        found_inf: not 0 where there is to be no step.
+        coupled: whether there is coupled decay.
     """
     w, m, u, values = tensors
     ids, order = indices
@@ -71,34 +70,15 @@ def rows_step(
         order,
         sums,
         scalars,
-        of_step.found_inf,
+        found_inf,
         len(ids),
         rows,
         row_length,
-        COUPLED=bool(of_step.coupled_decay),
+        COUPLED=coupled,
         **blocks,
         num_warps=warps,
         **_ASSERTS,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceHistory:
-    """A :class:`adamax._core.exact.History` on the device; the clock is on the host."""
-
-    sums: Tensor
-    products: Tensor
-    clock: tuple[int, ...]
-
-    @property
-    def now(self) -> int:
-        """The stamp of a row that is up to date."""
-        return stamp_of(self.clock[0])
-
-
-def stamp_of(step: int) -> int:
-    """Stamps are modulo 2**32, here as int32."""
-    return (step + 2**31) % 2**32 - 2**31
 
 
 def stamp_rows(ids: Tensor, rows: int, stamps: Tensor, step: int) -> None:
@@ -109,8 +89,7 @@ def stamp_rows(ids: Tensor, rows: int, stamps: Tensor, step: int) -> None:
             len(ids),
             rows,
             stamps,
-            stamp_of(step - 1),
-            stamp_of(step),
+            step,
             BLOCK=COUNTERS,
             num_warps=WARPS,
             **_ASSERTS,
@@ -123,7 +102,7 @@ def catch_up(
     stamps: Tensor,
     rows: range | Tensor,
     row_length: int,
-    history: DeviceHistory,
+    history: tuple[Tensor, Tensor, Tensor],
     epsilon: float,
 ) -> None:
     """Bring rows up to date with a history: a range of them, or those in sorted ids."""
@@ -137,14 +116,11 @@ def catch_up(
         rows.start if isinstance(rows, range) else 0,
         rows.stop if isinstance(rows, range) else len(stamps),
         row_length,
-        history.sums,
-        history.products,
-        *history.clock,
-        history.now,
+        *history,
         bits(epsilon),
         NUMBER=number_of(dtype),
-        ENTRIES=history.sums.shape[0],
-        TERMS=history.sums.shape[1],
+        ENTRIES=history[0].shape[0],
+        TERMS=history[0].shape[1],
         BLOCK=width,
         num_warps=max(1, width // 128),
         **_ASSERTS,
@@ -282,23 +258,23 @@ def _rows_step(
 # --- Stale rows ------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n", "rows", "before", "now"])
-def _stamp_rows(ids, n, rows, stamps, before, now, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "rows", "step"])
+def _stamp_rows(ids, n, rows, stamps, step, BLOCK: tl.constexpr):
+    # Stamps are modulo 2**32, here as int32.
+    step = step.to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + i, mask=i < n, other=-1).to(tl.int64)
     last = tl.load(ids + i - 1, mask=(i > 0) & (i < n), other=-1)
     chosen = (row >= 0) & (row < rows) & (last != row)
     stamp = tl.load(stamps + row, mask=chosen, other=0)
     tl.device_assert(
-        (stamp == before) | ~chosen, "a row has a gradient, but was stale when it was read"
+        (stamp == (step - 1).to(tl.int32)) | ~chosen,
+        "a row has a gradient, but was stale when it was read",
     )
-    tl.store(stamps + row, tl.zeros([BLOCK], tl.int32) + now, mask=chosen)
+    tl.store(stamps + row, step.to(tl.int32), mask=chosen)
 
 
-_CLOCK = ["steps", "window", "began", "zero_decay", "zero_beta_1", "zero_beta_2"]
-
-
-@triton.jit(do_not_specialize=["first", "rows", *_CLOCK, "now", "epsilon"])
+@triton.jit(do_not_specialize=["first", "rows", "epsilon"])
 def _catch_up(
     w,
     m,
@@ -310,19 +286,15 @@ def _catch_up(
     row_length,
     sums,
     products,
-    steps,
-    window,
-    began,
-    zero_decay,
-    zero_beta_1,
-    zero_beta_2,
-    now,
+    clock,
     epsilon,
     NUMBER: tl.constexpr,
     ENTRIES: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    steps, window, began = tl.load(clock), tl.load(clock + 1), tl.load(clock + 2)
+    now = steps.to(tl.int32)
     place = tl.program_id(0).to(tl.int64)
     if ids is None:
         row = place + first
@@ -339,12 +311,12 @@ def _catch_up(
         gap = (now.to(tl.int64) - stamp.to(tl.int64)) & 0xFFFFFFFF
         belongs = (gap <= steps - began) & (gap < ENTRIES)
         tl.device_assert(belongs, "stamps do not belong to the history of the table")
-        since = steps.to(tl.int64) - gap
+        since = steps - gap
         final = tl.minimum(since + window, steps)
-        later = _product(products, final, steps, zero_decay, 0, ENTRIES)
-        of_w = _product(products, since, steps, zero_decay, 0, ENTRIES).to(NUMBER)
-        of_m = _product(products, since, steps, zero_beta_1, 1, ENTRIES).to(NUMBER)
-        of_u = _product(products, since, steps, zero_beta_2, 2, ENTRIES).to(NUMBER)
+        later = _product(products, clock, final, 0, ENTRIES)
+        of_w = _product(products, clock, since, 0, ENTRIES).to(NUMBER)
+        of_m = _product(products, clock, since, 1, ENTRIES).to(NUMBER)
+        of_u = _product(products, clock, since, 2, ENTRIES).to(NUMBER)
         added = rounded(float64_of(epsilon), NUMBER)
         of_row = sums + since % ENTRIES * TERMS
         for start in range(0, row_length, BLOCK):
@@ -373,9 +345,9 @@ def _catch_up(
 
 
 @triton.jit
-def _product(products, since, steps, zero, COLUMN: tl.constexpr, ENTRIES: tl.constexpr):
+def _product(products, clock, since, COLUMN: tl.constexpr, ENTRIES: tl.constexpr):
     """Of the factors in a column after a step, kept as mantissas and exponents."""
     old = products + since % ENTRIES * 6 + COLUMN
-    new = products + steps.to(tl.int64) % ENTRIES * 6 + COLUMN
+    new = products + tl.load(clock) % ENTRIES * 6 + COLUMN
     product = tl.load(new) / tl.load(old) * tl.exp2(tl.load(new + 3) - tl.load(old + 3))
-    return tl.where(since < zero, 0.0, product)
+    return tl.where(since < tl.load(clock + 3 + COLUMN), 0.0, product)
