@@ -87,7 +87,8 @@ bool Plan::unfit(int operand) {
 }
 
 bool Plan::read(PyObject* object, int operand, View* view) {
-    switch (reader_.read(object, view)) {
+    // A negated counter is seen by its value, since no count is negative.
+    switch (reader_.read(object, view, operand != kOperands)) {
         case Reader::Result::kRead: return true;
         case Reader::Result::kUnfit: return unfit(operand);
         default: return false;

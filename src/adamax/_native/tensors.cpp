@@ -118,7 +118,7 @@ Reader::~Reader() {
     for (PyObject* object : owned_) Py_DECREF(object);
 }
 
-Reader::Result Reader::read(PyObject* object, View* view) {
+Reader::Result Reader::read(PyObject* object, View* view, bool checks_negation) {
     owned_.push_back(Py_NewRef(object));
     if (PyArray_Check(object)) {
         auto* array = reinterpret_cast<PyArrayObject*>(object);
@@ -147,7 +147,7 @@ Reader::Result Reader::read(PyObject* object, View* view) {
     if (length != 0 && view->data == nullptr) return Result::kUnfit;  // a fake tensor
     // A lazily negated tensor is the imaginary part of a conjugate one: it has holes, or
     // one element. Its memory has the wrong sign.
-    if (length <= 1 || !view->is_contiguous()) {
+    if (checks_negation && (length <= 1 || !view->is_contiguous())) {
         bool error = false;
         if (is_true(object, "is_neg", &error)) return Result::kUnfit;
         if (error) return Result::kError;

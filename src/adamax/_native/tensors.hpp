@@ -29,7 +29,8 @@ class Reader {
 
     // kUnfit is for what is no strided memory of this machine, or of another dtype: nothing
     // that the verbs could work on. kError comes with a Python error.
-    Result read(PyObject* object, View* view);
+    // To check a number for lazy negation takes longer than to read it.
+    Result read(PyObject* object, View* view, bool checks_negation = true);
 
   private:
     Result read_exchanged(PyObject* object, View* view);
