@@ -55,8 +55,7 @@ struct Rows {
 
   private:
     ADAMAX_INLINE void prefetch_begin(const char* place, int k) const {
-        const int64_t bytes =
-            std::min(length() * itemsize(operands[k].dtype), kPrefetchBytes);
+        const int64_t bytes = std::min(length() * walk.step[k], kPrefetchBytes);
         for (int64_t line = 0; line < bytes; line += kCacheLine) prefetch(place + line);
     }
 };
@@ -80,34 +79,45 @@ inline void sum_values(const Rows& rows, const Keys& keys, int64_t i, int64_t en
     }
 }
 
+// The scalars of the rule on the rows of a table.
+template <class T>
+struct RowScalars {
+    Scalars<T> rounded;
+    double scale;
+    bool wide;  // a gradient wider than the arithmetic is scaled before it is rounded
+
+    RowScalars(const Rows& rows, const Scalars<double>& scalars)
+        : rounded(adamax::rounded<T>(scalars)),
+          scale(scalars.scale),
+          wide(rows.operands[3].dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float)) {
+        if (wide) rounded.scale = 1;
+    }
+};
+
 // The rule on a row whose values are at the keys [i, end).
 template <class T>
 void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
-    const Scalars<double>& scalars) {
+    const RowScalars<T>& scalars) {
     const Operand& g = rows.operands[3];
     const int64_t step = rows.walk.step[3];
-    // A gradient that is wider than the arithmetic is scaled before it is rounded.
-    const bool wide = g.dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float);
     const bool summed = end > i + 1;
-    Scalars<T> s = rounded<T>(scalars);
-    if (wide) s.scale = 1;
     const char* of_row[kOperands];
     rows.place(keys.row(i), of_row);
     of_row[3] = rows.value(keys.position(i));
     rows.walk.each_run(
         of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t n) {
             const bool direct = !summed && is_direct<T>(g, places[3], step);
-            update_elements<T>(rows.operands, places, rows.walk.step, n, s,
+            update_elements<T>(rows.operands, places, rows.walk.step, n, scalars.rounded,
                 direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
                 [&](int64_t first, int64_t length, T* numbers) {
                     const char* place = places[3] + first * step;
-                    if (!summed && !wide) {
+                    if (!summed && !scalars.wide) {
                         load(g, place, step, length, numbers);
                         return;
                     }
                     double sums[kBlock];
                     sum_values(rows, keys, i, end, place - of_row[3], length, sums);
-                    const double scale = wide ? scalars.scale : 1;
+                    const double scale = scalars.wide ? scalars.scale : 1;
                     for (int64_t j = 0; j < length; ++j) numbers[j] = T(scale * sums[j]);
                 });
         });

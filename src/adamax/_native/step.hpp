@@ -72,8 +72,9 @@ struct Table {
     template <class T>
     void update_as(int64_t piece) const {
         const int64_t start = piece * rows.piece();
+        const RowScalars<T> of_rows(rows, scalars);
         each_row(rows, keys, start, start + rows.piece(), [&](int64_t i, int64_t end) {
-            update_row<T>(rows, keys, i, end, scalars);
+            update_row<T>(rows, keys, i, end, of_rows);
             if (exact) stamps.set(keys.row(i), history.steps + 1);
         });
     }

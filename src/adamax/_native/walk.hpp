@@ -56,7 +56,8 @@ class Walk {
     void each_run(const char* const base[kOperands], int64_t start, int64_t stop,
         const Function& function) const {
         while (start < stop) {
-            const int64_t run = start / inner, skipped = start % inner;
+            const int64_t run = outer == 1 ? 0 : start / inner;
+            const int64_t skipped = start - run * inner;
             const int64_t count = std::min(inner - skipped, stop - start);
             Places places;
             for (int k = 0; k < kOperands; ++k) {

@@ -42,12 +42,11 @@ void dense(const Call& call) {
 
 void rows(const Call& call) {
     const Rows rows = table_of(call, 4);
-    const Scalars<double> scalars = scalars_of(call, 5);
     const Keys keys = keys_of(call, 3, rows.count, call[4].shape[0]);
     dispatch(call[0].dtype, [&](auto kind) {
-        each_row_in_parallel(call, rows, keys, 2, [&](int64_t i, int64_t end) {
-            update_row<decltype(kind)>(rows, keys, i, end, scalars);
-        });
+        const RowScalars<decltype(kind)> scalars(rows, scalars_of(call, 5));
+        each_row_in_parallel(call, rows, keys, 2,
+            [&](int64_t i, int64_t end) { update_row(rows, keys, i, end, scalars); });
     });
 }
 

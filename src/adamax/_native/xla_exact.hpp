@@ -128,11 +128,11 @@ struct ExactTable {
 
 inline void exact_step(const Call& call) {
     const Rows rows = table_of(call, 5);
-    const Scalars<double> scalars = scalars_of(call, 6);
     const Keys keys = keys_of(call, 4, rows.count, call[5].shape[0]);
     dispatch(call[0].dtype, [&](auto kind) {
         using T = decltype(kind);
         const ExactTable<T> table(call, rows, 7);
+        const RowScalars<T> scalars(rows, scalars_of(call, 6));
         const int64_t now = table.history.now(), cycle = table.history.entries / 2;
         const int64_t turn = (rows.count + cycle - 1) / cycle;
         const int64_t first = std::min((now & (cycle - 1)) * turn, rows.count);
@@ -141,7 +141,7 @@ inline void exact_step(const Call& call) {
         table.check(last - first, [&](int64_t i) { return first + i; });
         each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
             table.catch_up_row(keys.row(i));
-            update_row<T>(rows, keys, i, end, scalars);
+            update_row(rows, keys, i, end, scalars);
             table.stamps.set(keys.row(i), now + 1);
         });
         for (int64_t row = first; row < last; ++row) {
