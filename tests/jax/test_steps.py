@@ -343,7 +343,7 @@ def test_the_signature_is_that_of_optax():
         ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         ({"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
         ({"b2": np.float32(1.5)}, r"b2 must be in \[0, 1\), got 1.5"),
-        ({"eps": 0.0}, r"eps must be in \[1.175e-38, inf\), got 0.0"),
+        ({"eps": -1e-8}, r"eps must be in \[0, inf\), got -1e-08"),
         ({"weight_decay": -1}, r"weight_decay must be in \[0, inf\), got -1.0"),
     ],
 )

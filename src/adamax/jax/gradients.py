@@ -1,4 +1,4 @@
-"""Gradients of the rows that a loss looks up, for JAX."""
+"""Gradients of the rows that a loss looks up."""
 
 import functools
 import itertools
@@ -8,28 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax.extend.core
 import jax.numpy as jnp
 
 import jax
 
-from ._jax_exact import is_current
-from ._jax_rows import IndexedSlices, PyTree, known_rows
-
-
-def _place() -> Any:
-    """In which transformations of JAX this is called, to be compared."""
-    state = jax.extend.core.get_opaque_trace_state
-    return state(convention="flax")  # type: ignore[no-untyped-call]
+from ._compat import trace_state
+from .exact import is_current
+from .rows import IndexedSlices, PyTree, known_rows
 
 
 @dataclass
 class _Lookups:
-    """What :func:`lookup` has read while a loss is traced."""
+    """What :func:`lookup` reads while a loss is traced."""
 
     tables: Sequence[Any]
     taps: Sequence[jax.Array] | None = None
-    place: Any = field(default_factory=_place)  # where the loss begins
+    place: Any = field(default_factory=trace_state)  # where the loss begins
     found: list[int] = field(default_factory=list)  # which of the tables
     shapes: list[jax.ShapeDtypeStruct] = field(default_factory=list)  # of the rows
     indices: list[jax.Array] = field(default_factory=list)
@@ -55,20 +49,20 @@ def lookup(table: jax.Array, indices: Any) -> jax.Array:
     """The rows of ``table`` at ``indices``: ``(*indices.shape, *table.shape[1:])``.
 
     In a loss that :func:`value_and_sparse_grad` differentiates, the gradient of the table
-    becomes an :class:`IndexedSlices` of these rows; elsewhere this is an ordinary gather.
+    becomes an :class:`IndexedSlices` of these rows. Elsewhere this is an ordinary gather.
     An index outside ``[0, len(table))``, negative ones included, gives a row of zeros, and
-    its gradient is dropped: ``-1`` can stand for padding.
+    its gradient is dropped, so that ``-1`` can stand for padding.
 
     Args:
-        table: the parameter itself, at least one axis; or, where some rows are behind, what
-            :meth:`Adamax.current` has in its place.
+        table: the parameter itself, with at least one axis; or, where some rows are stale,
+            what :meth:`Adamax.current` has in its place.
         indices: integers, of any shape.
 
     Raises:
         TypeError: ``indices`` are not integers.
         ValueError: in :func:`value_and_sparse_grad`, ``table`` is not one of the parameters
-            but something computed from one, or passed through a transformation of JAX; or
-            this is called in such a transformation (``jax.vmap``, ``jax.lax.scan``).
+            but was computed from one, or passed through a transformation of JAX; or this is
+            called in such a transformation (``jax.vmap``, ``jax.lax.scan``).
 
     >>> import jax.numpy as jnp
     >>> lookup(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, -1]))
@@ -86,15 +80,15 @@ def lookup(table: jax.Array, indices: Any) -> jax.Array:
     if number is None:
         raise ValueError(
             f"the table of lookup() must be one of the parameters as they were passed to "
-            f"the loss, got an array of shape {jnp.shape(_array(table))} that is not; look "
-            f"it up outside of jax.jit, jax.checkpoint and the like, and convert the rows "
-            f"instead of it"
+            f"the loss, got another array of shape {jnp.shape(_array(table))}: look rows "
+            f"up outside of jax.jit, jax.checkpoint and the like, and convert the rows "
+            f"instead of the table"
         )
-    if isinstance(indices, jax.core.Tracer) and lookups.place != _place():
+    if isinstance(indices, jax.core.Tracer) and lookups.place != trace_state():
         raise ValueError(
             "lookup() in a transformation of JAX that is in the loss (jax.vmap, "
             "jax.lax.scan, jax.lax.map, jax.lax.cond) cannot tell its indices: look up the "
-            "rows of all of the batch before, and hand them in"
+            "rows of the whole batch before, and pass them in"
         )
     lookups.found.append(number)
     lookups.indices.append(indices)
@@ -129,9 +123,9 @@ def value_and_sparse_grad(
 
     The gradient of a parameter that ``loss`` reads with :func:`lookup` is an
     :class:`IndexedSlices` of all rows it looked up, and nothing of the table's size is
-    computed. So is that of a table from :meth:`Adamax.current`, also where it looked up
-    none. All other gradients are as usual. It is used inside ``jax.jit``; the loss is
-    traced twice.
+    computed. So is the gradient of a table from :meth:`Adamax.current`, also where no row
+    was looked up. All other gradients are as usual. Use it inside ``jax.jit``, since it
+    traces the loss twice.
 
     Args:
         loss: a function of a pytree of parameters, and more, that returns a scalar, or a
@@ -199,7 +193,7 @@ def value_and_sparse_grad(
 
 
 def _array(table: Any) -> Any:
-    """By which a table is known, since frameworks make a new node of a node."""
+    """What a table is recognised by, since frameworks make new nodes of a tree."""
     return table.table if is_current(table) else table
 
 
@@ -214,7 +208,7 @@ def _renewed(leaves: Sequence[Any]) -> list[Any]:
 def _find_lookups(
     called: Callable[[Sequence[Any], _Lookups], Any], leaves: Sequence[Any]
 ) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
-    """Which of the leaves each lookup is of, and the shapes of what is read."""
+    """Which of the leaves each lookup is of, and the shapes of what it reads."""
     seen: list[_Lookups] = []
 
     def trace(leaves: Sequence[Any]) -> Any:
@@ -226,7 +220,7 @@ def _find_lookups(
     # The lookups of this pass do not read the tables.
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     used |= {id(v) for v in jaxpr.outvars}
-    # A table that may be behind is several inputs, the table itself the first.
+    # An exact table is several inputs, the table itself the first of them.
     first = [0, *itertools.accumulate(len(jax.tree.leaves(leaf)) for leaf in leaves)]
     for number, leaf in enumerate(leaves):
         inputs = jaxpr.invars[first[number] : first[number + 1]]
