@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from ._rule import Coefficients, Hyperparameters, checked_number, reject_unknown
+from .._core.rule import Hyperparameters, checked_number, reject_unknown
 
 if TYPE_CHECKING:
-    from ._keras_tensorflow import BackendOptimizer, summed
+    from .tensorflow import BackendOptimizer, summed
 elif keras.backend.backend() in ("tensorflow", "jax", "torch"):
-    _backend = importlib.import_module(f"adamax._keras_{keras.backend.backend()}")
-    BackendOptimizer, summed = _backend.BackendOptimizer, _backend.summed
+    _back_end = importlib.import_module(f".{keras.backend.backend()}", __package__)
+    BackendOptimizer, summed = _back_end.BackendOptimizer, _back_end.summed
 else:
     raise ImportError(
         "adamax.keras needs tensorflow, jax or torch as the back end of Keras, got "
         f"{keras.backend.backend()!r}"
     )
 
-__all__ = ["Adamax"]
+
+# Keras keeps the learning rate in float32, and infinity would make NaN of a zero gradient.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @keras.saving.register_keras_serializable(package="adamax")
@@ -117,7 +119,7 @@ class Adamax(BackendOptimizer):
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"name must be a string or None, got {name!r}")
         if not callable(learning_rate):
-            learning_rate = _constant("learning_rate", learning_rate)
+            learning_rate = min(_constant("learning_rate", learning_rate), _LARGEST)
         if use_ema and not 0 <= ema_momentum <= 1:
             raise ValueError(f"ema_momentum must be in [0, 1], got {ema_momentum!r}")
         if loss_scale_factor is not None:
@@ -138,7 +140,7 @@ class Adamax(BackendOptimizer):
         self.beta_1 = _constant("beta_1", beta_1)
         self.beta_2 = _constant("beta_2", beta_2)
         self.epsilon = checked_number("epsilon", epsilon)
-        self._coefficients()
+        self._hyperparameters()
 
     @property
     def learning_rate(self) -> Any:
@@ -148,7 +150,7 @@ class Adamax(BackendOptimizer):
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         if isinstance(value, numbers.Real | np.ndarray | np.generic):
-            value = checked_number("learning_rate", value)
+            value = min(checked_number("learning_rate", value), _LARGEST)
         keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
@@ -201,18 +203,16 @@ class Adamax(BackendOptimizer):
         index = self._get_variable_index(variable)
         return self._m[index], self._u[index]
 
-    def _coefficients(self) -> Coefficients:
-        """What all variables share. Attributes may have changed since the last step."""
-        return Coefficients.of(
-            Hyperparameters(
-                beta_1=self.beta_1,
-                beta_2=self.beta_2,
-                epsilon=self.epsilon,
-                weight_decay=self.weight_decay or 0.0,
-                clipnorm=self.clipnorm,
-                clipvalue=self.clipvalue,
-                global_clipnorm=self.global_clipnorm,
-            )
+    def _hyperparameters(self) -> Hyperparameters:
+        """What all variables share, validated: attributes may have been assigned."""
+        return Hyperparameters(
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay or 0.0,
+            clipnorm=self.clipnorm,
+            clipvalue=self.clipvalue,
+            global_clipnorm=self.global_clipnorm,
         )
 
     def _weight_decay_of(self, variable: Any) -> float:

@@ -7,11 +7,11 @@ import keras
 import torch
 from torch import Tensor
 
-from .torch.batch import Batch
-from .torch.cuda import Uploads
-from .torch.dispatch import take_step
-from .torch.options import DEFAULTS, Options
-from .torch.state import counts_on
+from ..torch.batch import Batch
+from ..torch.cuda import Uploads
+from ..torch.dispatch import take_step
+from ..torch.options import DEFAULTS, Options
+from ..torch.state import counts_on
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):

@@ -8,9 +8,8 @@ from jax.experimental.sparse import JAXSparse
 
 import keras
 
-from ._jax_step import step_array
-from ._keras_rule import step_size
-from ._rule import decay_factor
+from ..jax.rule import stacked, step_array
+from .rule import step_scalars
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
@@ -28,22 +27,19 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         """Update a variable and its state."""
         m, u = self._state_of(variable)
         dtype = m.value.dtype
-        size = step_size(learning_rate, self.beta_1, self.iterations + 1, str(dtype))
-        learning_rate = keras.ops.cast(learning_rate, str(dtype))
-        coefficients = self._coefficients()
-        scalars = (
-            size,
-            decay_factor(learning_rate, self._weight_decay_of(variable)),
-            coefficients.one_minus_beta_1,
-            coefficients.beta_2,
-            coefficients.epsilon,
+        scalars = step_scalars(
+            self._hyperparameters(),
+            learning_rate,
+            self._weight_decay_of(variable),
+            self.iterations + 1,
+            str(dtype),
         )
         new = step_array(
             variable.value,
             m.value,
             u.value,
-            jnp.asarray(gradient, variable.value.dtype),
-            jnp.stack([jnp.asarray(number, dtype) for number in scalars]),
+            jnp.asarray(gradient),
+            stacked(dtype, *scalars),
         )
         for target, value in zip((variable, m, u), new, strict=True):
             self.assign(target, value)

@@ -14,8 +14,7 @@ import tensorflow as tf
 
 import keras
 
-from ._keras_rule import step_size, stepped
-from ._rule import decay_factor
+from .rule import step_scalars, stepped
 
 # From this many elements on, a compiled update pays.
 _LARGE = 2**16
@@ -41,10 +40,13 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update a ``tf.Variable`` and its state."""
         m, u = (_on_device_of(variable, state) for state in self._state_of(variable))
-        learning_rate = tf.cast(learning_rate, tf.float64)
-        size = step_size(learning_rate, self.beta_1, self.iterations + 1, "float64")
-        decay = decay_factor(learning_rate, self._weight_decay_of(variable))
-        coefficients = self._coefficients()
+        scalars = step_scalars(
+            self._hyperparameters(),
+            learning_rate,
+            self._weight_decay_of(variable),
+            self.iterations + 1,
+            "float64",
+        )
         large = _xla_serves() and variable.shape.num_elements() >= _LARGE
         step: Any
         given: list[Any]
@@ -57,12 +59,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             step, given = _dense_step, [tf.ensure_shape(gradient, variable.shape)]
         variables = [_Handle(v.handle, v.dtype) for v in (variable, m, u)]
         with tf.device(variable.device):  # where its handle can be used
-            given += [tf.cast(size, m.dtype), tf.cast(decay, m.dtype)]
-            given += [
-                tf.constant(coefficients.one_minus_beta_1, m.dtype),
-                tf.constant(coefficients.beta_2, m.dtype),
-                tf.constant(coefficients.epsilon, m.dtype),
-            ]
+            given += [_rounded(scalar, m.dtype) for scalar in scalars]
             if large:
                 _compiled(step, variables, *given)([v.handle for v in variables], *given)
             else:
@@ -137,6 +134,13 @@ def _checks(gradient: Any, variable: Any) -> list[Any]:
         # tf.debugging.Assert would put this into a conditional, which takes longer.
         tf.raw_ops.Assert(condition=in_range, data=[message, indices]),
     ]
+
+
+def _rounded(number: Any, dtype: Any) -> Any:
+    """A scalar in ``dtype``, no larger than its largest number."""
+    wide = tf.convert_to_tensor(number, tf.float64)
+    largest = tf.constant(dtype.max, tf.float64)
+    return tf.cast(tf.clip_by_value(wide, -largest, largest), dtype)
 
 
 def _on_device_of(variable: Any, state: keras.Variable) -> Any:
