@@ -305,7 +305,7 @@ def test_the_operator_is_what_it_says(rng, case):
     state = [[torch.zeros(p.shape, dtype=wide) for p in params] for _ in range(2)]
     steps = [torch.tensor(2.0) for _ in params]
     lr = torch.tensor(0.1, dtype=torch.float64)
-    arguments = (params, grads, *state, steps, lr, 0.9, 0.999, 1e-8)
+    arguments = (params, grads, *state, steps, lr, [0.9, 0.999], 1e-8)
     decay = {"weight_decay": 0.0, "decoupled_weight_decay": False, "maximize": False}
     decay.update(options)
     checks = torch.library.opcheck(

@@ -20,26 +20,24 @@ def step_operator(
     exp_infs: list[Tensor],
     steps: list[Tensor],
     lr: Tensor,
-    beta_1: float,
-    beta_2: float,
+    betas: list[float],
     eps: float,
     weight_decay: float,
     decoupled_weight_decay: bool,
     maximize: bool,
 ) -> None:
     """One step of a group, opaque to the compiler."""
-    options = Options.from_group(
-        {
-            **DEFAULTS,
-            "lr": lr,
-            "betas": (beta_1, beta_2),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "capturable": not steps[0].is_cpu,
-        }
-    )
+    group = {
+        **DEFAULTS,
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "maximize": maximize,
+        "capturable": not steps[0].is_cpu,
+    }
+    options = Options.from_group(group)
     take_step([(Batch(params, grads, exp_avgs, exp_infs, steps), options)])
 
 
@@ -51,25 +49,17 @@ def _(*args: Any) -> None:
 def compiled_step(optimizer: Any) -> None:
     """A step of an optimizer, as the compiler traces it."""
     for group in optimizer.param_groups:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_infs: list[Tensor] = []
-        steps: list[Tensor] = []
-        optimizer._init_group(group, params, grads, exp_avgs, exp_infs, steps)
-        if params:
+        lists: tuple[list[Tensor], ...] = [], [], [], [], []
+        optimizer._init_group(group, *lists)
+        if lists[0]:
             lr = group["lr"]
             if not isinstance(lr, Tensor):
                 # A tensor may change without a graph of its own for each number.
                 lr = torch.ones((), dtype=torch.float64) * lr
             torch.ops.adamax.step_(
-                params,
-                grads,
-                exp_avgs,
-                exp_infs,
-                steps,
+                *lists,
                 lr,
-                *group["betas"],
+                list(group["betas"]),
                 group["eps"],
                 group["weight_decay"],
                 group["decoupled_weight_decay"],

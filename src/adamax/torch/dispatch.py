@@ -1,6 +1,7 @@
 """Which way each parameter takes in a step: all that can fail first, and then the step."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from . import _compat, cuda, device, operations
 from .batch import FLOATS, PLAIN_TENSORS, Batch, Called, Scaling, Work, by_shape
 from .cuda_exact import ExactLaunch
 from .device import triton_serves
-from .exact import ExactStep, Tables
+from .exact import Tables, part_of_step
 from .native import Call
 from .options import Options
 from .sparse import sparse_rows
@@ -109,7 +110,7 @@ def _prepare_exact(
     rows = sparse_rows(one.params[0], one.grads[0], tables.called)
     tables.share(one.params[0], rows, table)
     assert table.stale is not None
-    call.add_rows(one, options, rows, ExactStep(table.stale, flush))
+    call.add_rows(one, options, rows, partial(part_of_step, table.stale, flush))
     return []
 
 

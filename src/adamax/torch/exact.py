@@ -4,7 +4,6 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch.autograd.graph import increment_version
@@ -64,24 +63,13 @@ def _nothing() -> None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class ExactStep:
-    """A step of a table on the CPU."""
-
-    stale: StaleRows
-    flush: Callable[[], None]
-
-    def part(self, scalars: Float64Array, options: Options) -> tuple[Any, ...]:
-        h = options.hyperparameters
-        recorded = self.stale.record(
-            float(scalars[Scalar.STEP_SIZE]),
-            float(scalars[Scalar.DECAY]),
-            h.beta_1,
-            h.beta_2,
-            h.epsilon,
-            self.flush,
-        )
-        return self.stale.part(recorded)
+def part_of_step(
+    stale: StaleRows, flush: Callable[[], None], scalars: Float64Array, h: Hyperparameters
+) -> tuple[Any, ...]:
+    """What the verb ``step`` needs to know of the stale rows of a table."""
+    size, decay = float(scalars[Scalar.STEP_SIZE]), float(scalars[Scalar.DECAY])
+    recorded = stale.record(size, decay, h.beta_1, h.beta_2, h.epsilon, flush)
+    return stale.part(recorded)
 
 
 class Tables:

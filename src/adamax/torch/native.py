@@ -1,9 +1,10 @@
 """Steps of tensors on the CPU, by the native core: one call for all of them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, TypeAlias
 
 from torch.autograd.graph import increment_version
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._core.kernels import OPERANDS, Float64Array, Problem, kernels, problem_of
-from .._core.rule import Scalar
+from .._core.rule import Hyperparameters, Scalar
 from .._core.stale import raise_problem
 from .batch import (
     FLOATS,
@@ -31,11 +32,8 @@ from .sparse import SparseRows, index_error
 LOOKUP = "attach(model) with the outermost module, or lookup(weight, ids),"
 
 
-class ExactTable(Protocol):
-    """What knows the stale rows of a table."""
-
-    def part(self, scalars: Float64Array, options: Options) -> tuple[Any, ...]:
-        """What the verb ``step`` needs to know of them."""
+# Of a table in exact mode: makes what the verb needs to know of stale rows.
+Exact: TypeAlias = Callable[[Float64Array, Hyperparameters], tuple[Any, ...]]
 
 
 @dataclass(slots=True)
@@ -45,7 +43,7 @@ class _Part:
     batch: Batch
     options: Options
     rows: SparseRows | None = None
-    table: ExactTable | None = None
+    exact: Exact | None = None
 
 
 class Call:
@@ -69,21 +67,13 @@ class Call:
             self._dense.append(_Part(batch, options))
 
     def add_rows(
-        self,
-        one: Batch,
-        options: Options,
-        rows: SparseRows,
-        table: ExactTable | None = None,
+        self, one: Batch, options: Options, rows: SparseRows, exact: Exact | None = None
     ) -> bool:
-        """A parameter with a sparse gradient; in exact mode with what knows its stale rows.
-
-        Returns:
-            Whether its rows can be stepped where they lie.
-        """
+        """A parameter with a sparse gradient, if its rows can be stepped where they lie."""
         tensors = one.params[0], one.exp_avgs[0], one.exp_infs[0]
         if any(rows.table(tensor) is None for tensor in tensors):
             return False
-        self._tables.append(_Part(one, options, rows, table))
+        self._tables.append(_Part(one, options, rows, exact))
         return True
 
     def attempt(self) -> Problem | None:
@@ -155,11 +145,11 @@ class Call:
         return np.array(rows) if rows else np.empty((0, len(Scalar)))
 
     def _table(self, part: _Part, count: float) -> tuple[Any, ...]:
-        rows, table = part.rows, part.table
+        rows, h = part.rows, part.options.hyperparameters
         assert rows is not None
         (param,), _, (exp_avg,), (exp_inf,), _ = part.batch.lists()
         scalars = part.options.scalars(count, self._scaling.number)
-        exact = None if table is None else table.part(scalars, part.options)
+        exact = None if part.exact is None else part.exact(scalars, h)
         tensors = map(rows.table, (param, exp_avg, exp_inf))
         return (*tensors, rows.flat(), rows.values, scalars, exact)
 

@@ -97,7 +97,7 @@ class Options:
         exact = hyperparameters.sparse == "exact"
         weight_decay = hyperparameters.weight_decay
         if exact:
-            _check_exact(group, path)
+            _check_exact(group)
         return cls(
             hyperparameters=hyperparameters,
             lr=lr,
@@ -164,11 +164,8 @@ def _path(group: Mapping[str, Any]) -> tuple[str, bool]:
     return "compiled", bool(fused)
 
 
-def _check_exact(group: Mapping[str, Any], path: str) -> None:
-    """Raise for options that exact updates exclude.
-
-    An L2 penalty gives every row a gradient in every step.
-    """
+def _check_exact(group: Mapping[str, Any]) -> None:
+    """Raise for options that exact updates exclude."""
     for name in ("differentiable", "capturable"):
         if group[name]:
             raise RuntimeError(f"sparse='exact' excludes {name}=True")
