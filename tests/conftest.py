@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import hypothesis
-import pytest
-
 import numpy as np
+import pytest
 
 # Tests import oracle, cases and the like by their plain names.
 sys.path.insert(0, str(Path(__file__).parent / "support"))

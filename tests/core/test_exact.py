@@ -3,16 +3,16 @@
 import functools
 import math
 
+import numpy as np
 import pytest
+
+from adamax._core.exact import STEPS, Expansion, History, HistoryFull, gaps
+from adamax._core.kernels import state_dtype
 from cases import DTYPES, PRECISION, values
 from compare import assert_same_bits
 from exact_cases import EPSILON, FLOAT64
 from numpy_cases import LAYOUTS
 from verbs import IMPLEMENTATIONS, INF, Using, scalars
-
-import numpy as np
-from adamax._core.exact import STEPS, Expansion, History, HistoryFull, gaps
-from adamax._core.kernels import state_dtype
 
 BETAS = {
     "float32": [(0.9, 0.999), (0.5, 0.9), (0.9, 0.98), (0.99, 0.999), (0.0, 0.0)],

@@ -2,11 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
-from cases import DTYPES, LARGE_TABLE, PATTERNS, PRECISION, values
-from compare import assert_same_bits, assert_step_close, bits
 from hypothesis import given
 from hypothesis import strategies as st
+
+import oracle
+from adamax._core import reference
+from adamax._core.kernels import OPERANDS, state_dtype
+from adamax._core.threads import get_num_threads
+from cases import DTYPES, LARGE_TABLE, PATTERNS, PRECISION, values
+from compare import assert_same_bits, assert_step_close, bits
 from numpy_cases import LAYOUTS
 from verbs import (
     IMPLEMENTATIONS,
@@ -22,12 +28,6 @@ from verbs import (
     rows_step,
     scalars,
 )
-
-import numpy as np
-import oracle
-from adamax._core import reference
-from adamax._core.kernels import OPERANDS, state_dtype
-from adamax._core.threads import get_num_threads
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native core was not built")
 

@@ -1,13 +1,13 @@
 """Memory: where state is put, and gradients that overlap what a step writes."""
 
+import numpy as np
 import pytest
-from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from verbs import INF, NATIVE, Using, scalars
 
-import numpy as np
 from adamax._core.memory import LARGE, may_overlap_itself, zeros_beside
+from compare import assert_same_bits
+from verbs import INF, NATIVE, Using, scalars
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -5,9 +5,9 @@ import decimal
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
-import numpy as np
 from adamax._core import rule
 from adamax._core.rule import Hyperparameters, Scalar, rounded, scalars_of
 

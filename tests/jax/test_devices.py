@@ -3,8 +3,9 @@
 In processes of their own, as the number of devices is fixed when JAX starts.
 """
 
-import jax_cases  # noqa: F401  (skips without jax)
 import pytest
+
+import jax_cases  # noqa: F401  (skips without jax)
 
 PREPARE = """
     import os, re, sys

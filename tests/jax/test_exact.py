@@ -4,14 +4,14 @@ import copy
 from functools import cache, partial
 from itertools import product
 
+import numpy as np
 import pytest
+
 from cases import DTYPES, PRECISION, TABLES, values
 from compare import assert_same_bits, trajectory_error
 from exact_cases import EPSILON, FLOAT64, Dense, drawn
 from frameworks import framework
 from jax_cases import jax, jnp, optax, precision, take_step
-
-import numpy as np
 
 import adamax  # isort: skip
 from adamax.jax import history, primitives  # isort: skip  (not without jax)

@@ -3,7 +3,9 @@
 import gc
 import itertools
 
+import numpy as np
 import pytest
+
 from cases import DTYPES, LARGE_TABLE, PATTERNS, TABLES, values
 from compare import assert_same_bits
 from jax_cases import (
@@ -18,8 +20,6 @@ from jax_cases import (
     rule,
     take_step,
 )
-
-import numpy as np
 
 from adamax.jax import primitives  # isort: skip  (not without jax)
 from adamax.jax.rows import put_rows  # isort: skip

@@ -5,7 +5,10 @@ import inspect
 import math
 
 import ml_dtypes
+import numpy as np
 import pytest
+
+import adamax
 from cases import DTYPES, LARGE, PRECISION, SHAPES, values
 from compare import assert_same_bits, trajectory_error
 from jax_cases import (
@@ -21,9 +24,6 @@ from jax_cases import (
     rule,
     take_step,
 )
-
-import adamax
-import numpy as np
 
 from adamax.jax import adamax as make  # isort: skip  (not without jax)
 from adamax.jax import IndexedSlices, apply_updates, scale_by_adamax  # isort: skip

@@ -4,13 +4,13 @@ import functools
 import operator
 import re
 
+import numpy as np
 import pytest
+
 from cases import values
 from compare import assert_same_bits
 from frameworks import framework
 from jax_cases import PATHS, jax, jnp, optax, rows, take_step
-
-import numpy as np
 
 from adamax.jax import (  # isort: skip  (not without jax)
     IndexedSlices,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from frameworks import framework
 
 TESTS = Path(__file__).parent / "front_end"

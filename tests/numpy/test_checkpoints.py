@@ -8,12 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from adamax import Adamax, IndexedSlices
 from cases import DTYPES, PRECISION, values
 from compare import assert_same_bits, assert_same_contents, contents
-
-import numpy as np
-from adamax import Adamax, IndexedSlices
 
 KINDS = {
     "dense": lambda rng, dtype: values(rng, (4, 3), dtype),

@@ -4,12 +4,12 @@ import json
 import math
 from typing import ClassVar
 
+import numpy as np
 import pytest
+
+from adamax import Adamax
 from cases import HYPERPARAMETERS
 from compare import assert_same_bits
-
-import numpy as np
-from adamax import Adamax
 
 
 class Halving:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
-from cases import DTYPES, PRECISION
-from compare import assert_same_contents, contents
 from numpy.lib.stride_tricks import as_strided
 
-import numpy as np
 from adamax import Adamax, IndexedSlices
+from cases import DTYPES, PRECISION
+from compare import assert_same_contents, contents
 
 
 @dataclass

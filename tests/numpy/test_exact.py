@@ -6,18 +6,18 @@ import pickle
 import re
 import tracemalloc
 
+import numpy as np
 import pytest
-from cases import DTYPES, PRECISION, TABLES, values
-from compare import assert_same_bits, assert_same_contents, contents
-from exact_cases import EPSILON, FLOAT64, Dense, drawn
-from numpy_cases import LAYOUTS
 
 import adamax._core.stale
-import numpy as np
 import oracle
 from adamax import Adamax, IndexedSlices
 from adamax._core.exact import STEPS, History
 from adamax._core.kernels import kernels
+from cases import DTYPES, PRECISION, TABLES, values
+from compare import assert_same_bits, assert_same_contents, contents
+from exact_cases import EPSILON, FLOAT64, Dense, drawn
+from numpy_cases import LAYOUTS
 
 
 def options(run):

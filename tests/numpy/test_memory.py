@@ -5,15 +5,15 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
-from cases import DTYPES, PATTERNS, PRECISION, values
-from compare import assert_same_bits, assert_same_contents, contents
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy_cases import LAYOUTS
 
-import numpy as np
 from adamax import Adamax, IndexedSlices
+from cases import DTYPES, PATTERNS, PRECISION, values
+from compare import assert_same_bits, assert_same_contents, contents
+from numpy_cases import LAYOUTS
 
 # --- Layouts ------------------------------------------------------------------------------
 

@@ -5,15 +5,15 @@ import math
 import tracemalloc
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from cases import DTYPES, HYPERPARAMETERS, LARGE_TABLE, PATTERNS, PRECISION, TABLES, values
-from compare import assert_same_bits, assert_same_contents, contents, follow
 from hypothesis import given
 from hypothesis import strategies as st
 
-import numpy as np
 import oracle
 from adamax import Adamax, IndexedSlices
+from cases import DTYPES, HYPERPARAMETERS, LARGE_TABLE, PATTERNS, PRECISION, TABLES, values
+from compare import assert_same_bits, assert_same_contents, contents, follow
 
 
 def batches(rng, table, dtype, pattern, steps):

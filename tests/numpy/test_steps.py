@@ -3,7 +3,13 @@
 import math
 
 import ml_dtypes
+import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import oracle
+from adamax import Adamax, IndexedSlices
 from cases import DTYPES, HYPERPARAMETERS, LARGE, PRECISION, ROUNDINGS, SHAPES, values
 from compare import (
     assert_same_bits,
@@ -12,12 +18,6 @@ from compare import (
     follow,
     trajectory_error,
 )
-from hypothesis import assume, given
-from hypothesis import strategies as st
-
-import numpy as np
-import oracle
-from adamax import Adamax, IndexedSlices
 
 # --- The oracle ---------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
-
 import numpy as np
 
 # --- Dtypes and tolerances ----------------------------------------------------------------

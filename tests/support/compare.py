@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cases import PRECISION, ROUNDINGS, Precision
-
 import numpy as np
+
 import oracle
+from cases import PRECISION, ROUNDINGS, Precision
 
 # --- Bits ---------------------------------------------------------------------------------
 

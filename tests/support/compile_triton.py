@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import triton
-from torch_cases import rows_of, torch
-from torch_on_host import Host
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from torch_cases import rows_of, torch
+from torch_on_host import Host
 
 from adamax.torch import Adamax, device  # isort: skip
 

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import compare
+import numpy as np
 import pytest
+
+import compare
+import oracle
 from cases import PRECISION
 from frameworks import framework
-
-import numpy as np
-import oracle
 
 try:
     jax, optax = framework("jax"), framework("optax")

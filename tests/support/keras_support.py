@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 import compare
+import oracle
 from cases import PATTERNS, PRECISION, values
 from frameworks import framework
-
-import numpy as np
-import oracle
 
 keras: Any = framework("keras")
 Adamax: Any = framework("adamax.keras").Adamax

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import compare
 import ml_dtypes
+import numpy as np
 import pytest
+
+import compare
+import oracle
 from cases import PRECISION, values
 from frameworks import framework
-
-import numpy as np
-import oracle
 
 try:
     torch = framework("torch")

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import ml_dtypes
+import numpy as np
 import pytest
+
 from frameworks import framework
 from torch_cases import torch
-
-import numpy as np
 
 from adamax.torch import device  # isort: skip  (not without torch)
 

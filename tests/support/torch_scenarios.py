@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch.distributed as dist
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 with warnings.catch_warnings():

@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from cases import PRECISION, values
-from compare import assert_same_bits
-
 import numpy as np
+
 from adamax._core import reference
 from adamax._core.rule import Hyperparameters, Scalar, scalars_of
+from cases import PRECISION, values
+from compare import assert_same_bits
 
 INF = math.inf
 

@@ -20,17 +20,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from exact_cases import EPSILON, Dense
 from safetensors.numpy import load_file, save_file
 
 import oracle
 from adamax import Adamax, IndexedSlices
+from exact_cases import EPSILON, Dense
 
 
 def killed_saves(seed: int) -> None:

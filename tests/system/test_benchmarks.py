@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from frameworks import framework
-
 import numpy as np
+import pytest
+
+from frameworks import framework
 
 ROOT = Path(__file__).parents[2]
 

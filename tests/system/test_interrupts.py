@@ -3,9 +3,9 @@
 import signal
 
 import pytest
-from stepping import STEPS, taken, trained
 
 from adamax import get_num_threads, set_num_threads
+from stepping import STEPS, taken, trained
 
 pytestmark = pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="needs timers of POSIX"

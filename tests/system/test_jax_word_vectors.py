@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax_cases  # noqa: F401  (skips without jax)
+import numpy as np
 import pytest
 
-import numpy as np
+import jax_cases  # noqa: F401  (skips without jax)
 
 for needed in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)

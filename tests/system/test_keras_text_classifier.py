@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from frameworks import framework, load_example
-
 import numpy as np
+import pytest
+
+from frameworks import framework, load_example
 
 for needed in ("matplotlib", "safetensors"):
     pytest.importorskip(needed)

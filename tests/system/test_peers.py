@@ -1,12 +1,12 @@
 """The same steps as the peers', where they have the same rule."""
 
-import pytest
-from cases import PRECISION, ROUNDINGS
-from compare import assert_same_bits, trajectory_error
-
 import numpy as np
+import pytest
+
 import oracle
 from adamax import Adamax, IndexedSlices
+from cases import PRECISION, ROUNDINGS
+from compare import assert_same_bits, trajectory_error
 
 STEPS = 200
 SHAPE = (40, 5)

@@ -6,15 +6,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from adamax import Adamax, IndexedSlices, get_num_threads, set_num_threads
+from adamax._core import threads as counting
 from cases import values
 from compare import assert_same_contents, contents
 from stepping import STEPS, taken
 from verbs import NATIVE
-
-import numpy as np
-from adamax import Adamax, IndexedSlices, get_num_threads, set_num_threads
-from adamax._core import threads as counting
 
 
 @pytest.fixture(scope="module")

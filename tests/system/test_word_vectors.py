@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-from frameworks import load_example
-
 import numpy as np
+import pytest
+
+from frameworks import load_example
 
 for needed in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)

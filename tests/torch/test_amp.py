@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from torch_cases import (
     DTYPES,
     PATHS,

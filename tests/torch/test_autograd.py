@@ -1,6 +1,7 @@
 """Autograd and ``adamax.torch.Adamax``: steps it records, steps in backward, versions."""
 
 import pytest
+
 from torch_cases import (
     DTYPES,
     PATHS,

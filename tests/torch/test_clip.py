@@ -4,6 +4,8 @@ import inspect
 import math
 
 import pytest
+
+import oracle
 from cases import PRECISION
 from torch_cases import (
     DTYPES,
@@ -14,8 +16,6 @@ from torch_cases import (
     rows_of,
     torch,
 )
-
-import oracle
 
 from adamax.torch import clip_grad_norm_, clip_grad_value_  # isort: skip  (needs torch)
 

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import pytest
+
 from torch_cases import torch
 
 from adamax.torch import _compat  # isort: skip  (not without torch)

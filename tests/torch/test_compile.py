@@ -5,6 +5,7 @@ import math
 import types
 
 import pytest
+
 from frameworks import framework
 from torch_cases import (
     DTYPES,

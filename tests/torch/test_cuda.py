@@ -3,7 +3,9 @@
 import copy
 import os
 
+import numpy as np
 import pytest
+
 from cases import PATTERNS
 from frameworks import framework
 from torch_cases import (
@@ -20,8 +22,6 @@ from torch_cases import (
     take_steps,
     torch,
 )
-
-import numpy as np
 
 from adamax.torch import Adamax, clip_grad_norm_, clip_grad_value_  # isort: skip
 

@@ -10,11 +10,11 @@ import pickle
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+
 from exact_cases import FLOAT64, drawn
 from torch_cases import assert_same_contents, assert_same_tensor, contents, rows_of, torch
-
-import numpy as np
 
 from adamax.torch import Adamax, clip_grad_norm_  # isort: skip  (not without torch)
 

@@ -7,6 +7,7 @@ import threading
 import weakref
 
 import pytest
+
 from torch_cases import assert_same_contents, assert_same_tensor, contents, rows_of, torch
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)

@@ -4,7 +4,9 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
+
 from torch_cases import (
     PATHS,
     assert_same_contents,
@@ -18,8 +20,6 @@ from torch_cases import (
     take_steps,
     torch,
 )
-
-import numpy as np
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 

@@ -8,6 +8,7 @@ import copy
 import pickle
 
 import pytest
+
 from torch_cases import (
     assert_same_contents,
     assert_same_tensor,

@@ -3,7 +3,9 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
+
 from cases import LARGE_TABLE, PATTERNS, TABLES
 from torch_cases import (
     DTYPES,
@@ -21,8 +23,6 @@ from torch_cases import (
     torch,
     touched,
 )
-
-import numpy as np
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 from adamax.torch.batch import by_shape  # isort: skip

@@ -7,7 +7,9 @@ import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+
 from torch_cases import (
     DTYPES,
     PATHS,
@@ -22,8 +24,6 @@ from torch_cases import (
     take_steps,
     torch,
 )
-
-import numpy as np
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 

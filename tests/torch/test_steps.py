@@ -3,7 +3,11 @@
 import math
 
 import ml_dtypes
+import numpy as np
 import pytest
+
+import adamax
+import oracle
 from cases import HYPERPARAMETERS, LARGE, PRECISION, ROUNDINGS, SHAPES, values
 from compare import assert_same_bits
 from torch_cases import (
@@ -22,10 +26,6 @@ from torch_cases import (
     tensor_of,
     torch,
 )
-
-import adamax
-import numpy as np
-import oracle
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 

@@ -4,7 +4,10 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+
+from adamax._core.kernels import kernels
 from torch_cases import (
     DTYPES,
     PATHS,
@@ -14,9 +17,6 @@ from torch_cases import (
     take_steps,
     torch,
 )
-
-import numpy as np
-from adamax._core.kernels import kernels
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 

@@ -4,7 +4,10 @@ import math
 import warnings
 from itertools import pairwise
 
+import numpy as np
 import pytest
+
+from adamax._core.rule import Hyperparameters, scalars_of, step_size
 from cases import PATTERNS, PRECISION
 from torch_cases import (
     DTYPES,
@@ -24,9 +27,6 @@ from torch_cases import (
     touched,
 )
 from torch_on_host import Host, host  # noqa: F401  (a fixture)
-
-import numpy as np
-from adamax._core.rule import Hyperparameters, scalars_of, step_size
 
 from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from torch.utils._pytree import tree_leaves  # isort: skip

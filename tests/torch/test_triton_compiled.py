@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from frameworks import framework
 
 CAPABILITIES = (80, 90)

@@ -1,11 +1,11 @@
 """``sparse="exact"`` on a GPU, through Triton's interpreter on the CPU."""
 
+import numpy as np
 import pytest
+
 from cases import PRECISION
 from torch_cases import contents, rows_of, torch
 from torch_on_host import host  # noqa: F401  (a fixture)
-
-import numpy as np
 
 from adamax.torch import Adamax, cuda_exact, exact  # isort: skip  (needs torch)
 

@@ -23,9 +23,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]

@@ -3,9 +3,8 @@
 import math
 from typing import Any, Literal
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 _PERIOD = 64 * 1024  # more than what repeats in the mapping of addresses to memory banks
 _STEP = 16 * 1024

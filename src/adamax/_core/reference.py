@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .exact import START, STEPS, Recorded, commit, gaps
 from .kernels import OPERANDS, Float64Array

@@ -36,9 +36,8 @@ from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
 from typing import Any, SupportsFloat, TypeAlias
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .exact import Expansion
 

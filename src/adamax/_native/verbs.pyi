@@ -9,5 +9,6 @@ def catch_up_rows(*arguments: Any) -> Any: ...
 def catch_up_range(*arguments: Any) -> Any: ...
 def use_isa(name: str | None, /) -> str:
     """Use the loops of an instruction set, or tell which are in use."""
+
 def xla_handlers() -> dict[str, Any]:
     """Handlers of XLA by name, as ``jax.ffi.register_ffi_target`` takes them."""

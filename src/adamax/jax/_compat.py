@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.extend.core
 import jax.extend.random
 import jax.ffi
@@ -16,8 +17,6 @@ import jax.numpy as jnp
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
-
-import jax
 
 Primitive = jax.extend.core.Primitive
 

@@ -5,9 +5,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
-import jax.numpy as jnp
-
 import jax
+import jax.numpy as jnp
 
 from .._core.exact import Expansion
 from . import history

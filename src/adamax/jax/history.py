@@ -11,10 +11,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.export
 import jax.numpy as jnp
-
-import jax
 import numpy as np
 
 from .._core.exact import Expansion

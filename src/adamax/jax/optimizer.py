@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import optax
-
-import jax
 
 from .._core.exact import Expansion
 from .._core.rule import check_learning_rate, checked_number, decay_factor

@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.ffi
 import jax.numpy as jnp
-
-import jax
 
 from .._core.kernels import kernels
 from . import _compat

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self, TypeAlias
 
+import jax
 import jax.export
 import jax.numpy as jnp
-
-import jax
 import numpy as np
 
 from ._compat import is_row_ids, numbers_of, row_ids

@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import jax.numpy as jnp
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._core.rule import rounded

@@ -3,11 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
-import optax
-
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ._compat import is_varying
 from .rows import (
@@ -101,7 +100,7 @@ def global_norm(gradients: PyTree) -> jax.Array:
     Array(5., dtype=float32)
     """
     values = jax.tree.map(lambda g: _values(_summed(g)), gradients, is_leaf=is_slices)
-    norm: jax.Array = optax.global_norm(values)
+    norm: jax.Array = optax.tree.norm(values)
     return norm
 
 

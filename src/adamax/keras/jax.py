@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.sparse import JAXSparse
-
 import keras
+from jax.experimental.sparse import JAXSparse
 
 from ..jax.rule import stacked, step_array
 from .rule import step_scalars

@@ -10,9 +10,8 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import tensorflow as tf
-
 import keras
+import tensorflow as tf
 
 from .rule import step_scalars, stepped
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, TypeAlias
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .._core.memory import zeros_beside
 

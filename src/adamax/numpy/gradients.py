@@ -4,9 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .._core.kernels import OPERANDS, Problem
 from .._core.stale import raise_problem

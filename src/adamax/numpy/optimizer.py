@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .._core import rule
 from .._core.kernels import Problem, kernels, problem_of

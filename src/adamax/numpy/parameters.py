@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy.typing as npt
-
 import numpy as np
+import numpy.typing as npt
 
 from .._core.kernels import state_dtype
 from .._core.memory import may_overlap_itself

@@ -13,12 +13,11 @@ from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
 
-import numpy.typing as npt
-from torch.autograd.graph import increment_version
-
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._core.kernels import Int64Array
 from . import device, operations

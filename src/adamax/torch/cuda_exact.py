@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
-from torch.autograd.graph import increment_version
-
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._core import rule
 from .._core.exact import History
@@ -38,13 +37,13 @@ class RowsOnDevice:
         self._counter: tuple[Tensor, int | None, int] | None = None
         self._uploaded = _UploadedHistory()
 
-    def count(self, step: Tensor) -> int:
+    def count(self, step: Tensor) -> float:
         """How many steps there have been; reads the counter if others have changed it."""
         if self._counter is not None:
             known, version, count = self._counter
             if known is step and version == _compat.version_of(step) is not None:
                 return count
-        return int(step)
+        return float(step)
 
     def counted(self, step: Tensor, count: int) -> None:
         self._counter = step, _compat.version_of(step), count
@@ -125,17 +124,21 @@ def _upload(source: npt.NDArray[Any], target: Tensor, entries: Int64Array) -> No
 
 @dataclass(frozen=True, slots=True)
 class ExactLaunch:
-    """The rows of one table, and what the step means to all others."""
+    """The rows of one table, and what the step means to all others.
+
+    ``count`` is how many steps there have been.
+    """
 
     launch: RowsLaunch
     rows: RowsOnDevice
     options: Options
     flush: Callable[[], None]
+    count: int
 
     def __call__(self) -> None:
         (param,), _, (exp_avg,), (exp_inf,), (step,) = self.launch.batch.lists()
         stale, rate = self.rows.stale, self.options.rate
-        h, count = self.options.hyperparameters, self.rows.count(step)
+        h, count = self.options.hyperparameters, self.count
         recorded = stale.record(
             rule.step_size(rate, h.beta_1, count + 1),
             rule.decay_factor(rate, self.options.decay),

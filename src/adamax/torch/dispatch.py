@@ -13,7 +13,7 @@ from .cuda_exact import ExactLaunch
 from .device import triton_serves
 from .exact import Tables, part_of_step
 from .native import Call
-from .options import Options
+from .options import Options, check_count
 from .sparse import sparse_rows
 
 _NO_SCALING = Scaling()
@@ -106,7 +106,9 @@ def _prepare_exact(
     table, flush = tables.prepare(one, options)
     if table.on_device is not None:
         launch = cuda.prepare_rows(one, options, scaling, tables.called)
-        return [ExactLaunch(launch, table.on_device, options, flush)]
+        count = table.on_device.count(one.steps[0])
+        check_count(count, one.params[0], tables.called)
+        return [ExactLaunch(launch, table.on_device, options, flush, int(count))]
     rows = sparse_rows(one.params[0], one.grads[0], tables.called)
     tables.share(one.params[0], rows, table)
     assert table.stale is not None

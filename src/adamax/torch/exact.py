@@ -6,12 +6,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.autograd.graph import increment_version
-from torch.utils.weak import WeakIdKeyDictionary
-
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._core import rule
 from .._core.exact import Expansion

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn, TypeAlias
 
-from torch.autograd.graph import increment_version
-
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .._core.kernels import OPERANDS, Float64Array, Problem, kernels, problem_of
 from .._core.rule import Hyperparameters, Scalar

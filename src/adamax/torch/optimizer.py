@@ -8,11 +8,10 @@ from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
-
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from . import _compat
 from .attach import Attachment, attach

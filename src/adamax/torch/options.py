@@ -30,14 +30,13 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "sparse": "lazy",
     }
 )
-NAMES = MappingProxyType(
-    {
-        "learning_rate": "lr",
-        "beta_1": "betas[0]",
-        "beta_2": "betas[1]",
-        "epsilon": "eps",
-    }
-)
+# What messages call a hyperparameter, where that differs.
+NAMES = {
+    "learning_rate": "lr",
+    "beta_1": "betas[0]",
+    "beta_2": "betas[1]",
+    "epsilon": "eps",
+}
 # Counters are floats, which count no further.
 MOST_STEPS = 2**53
 
@@ -93,8 +92,7 @@ class Options:
             rule.checked_number("learning_rate", lr.item(), "lr")
         hyperparameters = _hyperparameters(group)
         path, fused = _path(group)
-        decoupled = group["decoupled_weight_decay"]
-        exact = hyperparameters.sparse == "exact"
+        decoupled, exact = group["decoupled_weight_decay"], group["sparse"] == "exact"
         weight_decay = hyperparameters.weight_decay
         if exact:
             _check_exact(group)

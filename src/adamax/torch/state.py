@@ -5,10 +5,9 @@ from itertools import chain
 from numbers import Real
 from typing import Any
 
-from torch.optim import Optimizer
-
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .._core.memory import LARGE, zeros_beside
 from .batch import FLOATS, PLAIN_TENSORS, by_shape, check_state

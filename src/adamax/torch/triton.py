@@ -10,10 +10,9 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
-
-import torch
 from torch import Tensor
 
 # A program takes a number of blocks of a tensor, one after the other. With 4 warps that is

@@ -4,10 +4,9 @@ Indices come sorted, with the place that each had. An index out of range, or a r
 stale when it was read, stops the device with an assertion.
 """
 
+import torch
 import triton
 import triton.language as tl
-
-import torch
 from torch import Tensor
 
 from .triton import (

@@ -4,7 +4,10 @@ import json
 import pickle
 import re
 
+import numpy as np
 import pytest
+
+import oracle
 from cases import HYPERPARAMETERS, LARGE, SHAPES, values
 from keras_support import (
     BACK_END,
@@ -16,9 +19,6 @@ from keras_support import (
     tensor,
     variable,
 )
-
-import numpy as np
-import oracle
 
 KERAS_ADAMAX = keras.optimizers.Adamax
 

@@ -1,13 +1,13 @@
 """What only JAX has: stateless updates, and variables spread over devices."""
 
+import jax
+import numpy as np
 import pytest
+
+import oracle
 from cases import PRECISION, values
 from compare import assert_step_close
 from keras_support import Adamax, keras, numpy, options, variable
-
-import jax
-import numpy as np
-import oracle
 
 DEVICES = 4  # tests/keras/test_back_ends.py asks XLA for them
 

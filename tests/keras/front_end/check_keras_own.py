@@ -8,6 +8,7 @@ import importlib
 import types
 
 import pytest
+
 from keras_support import BACK_END, Adamax, keras
 
 optimizers = importlib.import_module("keras.src.optimizers")

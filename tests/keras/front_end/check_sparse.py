@@ -1,6 +1,9 @@
 """Sparse gradients on the back ends that have them: TensorFlow and PyTorch."""
 
+import numpy as np
 import pytest
+
+import oracle
 from cases import HYPERPARAMETERS, LARGE_TABLE, PATTERNS, TABLES, values
 from compare import assert_same_bits
 from keras_support import (
@@ -15,9 +18,6 @@ from keras_support import (
     tensor,
     variable,
 )
-
-import numpy as np
-import oracle
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -3,14 +3,14 @@
 import functools
 import gc
 
+import numpy as np
 import pytest
+
+import oracle
+from adamax.keras import tensorflow as back_end
 from cases import LARGE_TABLE, PATTERNS, values
 from frameworks import framework
 from keras_support import Adamax, as_gradient, draw, follow, keras, numpy, variable
-
-import numpy as np
-import oracle
-from adamax.keras import tensorflow as back_end
 
 tf = framework("tensorflow")
 tf_keras = framework("tf_keras")
