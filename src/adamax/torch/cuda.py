@@ -111,14 +111,8 @@ def prepare(
         RuntimeError: a step counter that is not on the device of its parameter.
         ValueError: tensors that do not fit their parameters.
     """
-    for param, step in zip(batch.params, batch.steps, strict=True):
-        if step.device != param.device or step.dtype not in (torch.float32, torch.float64):
-            raise RuntimeError(
-                f"the step counter of {called(param)}, which fused kernels update, must be "
-                f"float32 or float64 on its device {param.device}, got {step.dtype} on "
-                f"{step.device}; load_state_dict() puts it there"
-            )
     dense, sparse = batch.by_layout()
+    _check_counters(dense, called)
     check_operands(dense, called)
     work: list[Work] = []
     for one in sparse.singles():
@@ -135,6 +129,16 @@ def prepare(
         with device.DEVICE.current(part.params[0].device):
             work.append(_DenseLaunch.of(part, options, scaling, key, uploads))
     return work
+
+
+def _check_counters(batch: Batch, called: Called) -> None:
+    for param, step in zip(batch.params, batch.steps, strict=True):
+        if step.device != param.device or step.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(
+                f"the step counter of {called(param)}, which fused kernels update, must be "
+                f"float32 or float64 on its device {param.device}, got {step.dtype} on "
+                f"{step.device}; load_state_dict() puts it there"
+            )
 
 
 # --- Dense gradients -------------------------------------------------------------------
@@ -328,6 +332,7 @@ def prepare_rows(
 ) -> RowsLaunch:
     """A step on the rows of one table, which can be updated in place."""
     (param,), (grad,), (exp_avg,), (exp_inf,), _ = batch.lists()
+    _check_counters(batch, called)
     check_state(param, exp_avg, exp_inf, called)
     with device.DEVICE.current(param.device):
         rows = sparse_rows(param, grad, called)
