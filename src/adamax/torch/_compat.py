@@ -1,8 +1,10 @@
-"""The private names of PyTorch that are used, seen in 2.6 to 2.13.
+"""The private names of PyTorch that are used, seen in 2.13.
 
 Where a version lacks one, something public serves, or what depends on it is left out.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,8 +38,6 @@ def records_if_differentiable(step: _Function) -> _Function:
     torch's own decorator breaks the graph around the step too, so that the compiler sees
     that nothing is recorded.
     """
-    import importlib
-
     module = importlib.import_module("torch.optim.optimizer")  # shadowed in torch.optim
     decorate = getattr(module, "_use_grad_for_differentiable", _set_grad_mode)
     decorated: _Function = decorate(step)
@@ -45,8 +45,6 @@ def records_if_differentiable(step: _Function) -> _Function:
 
 
 def _set_grad_mode(step: _Function) -> _Function:
-    import functools
-
     @functools.wraps(step)
     def recorded(self: Any, *args: Any, **keywords: Any) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -61,7 +59,7 @@ def check_graph_capture(optimizer: torch.optim.Optimizer) -> None:
     """Warn, or raise, where a step and the capture of a CUDA graph do not go together."""
     for name in (
         "_accelerator_graph_capture_health_check",
-        "_cuda_graph_capture_health_check",  # before 2.9
+        "_cuda_graph_capture_health_check",  # its older name
     ):
         check = getattr(optimizer, name, None)
         if check is not None:
@@ -103,7 +101,7 @@ def is_in_join(parallel: torch.nn.Module) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is at work; versions before 2.7 do not tell."""
+    """Whether ``torch.export`` is at work, which older versions do not tell."""
     exporting = getattr(torch.compiler, "is_exporting", None)
     return bool(exporting and exporting())
 
