@@ -187,6 +187,53 @@ EXACT = (
 """
 )
 
+# Each device has gradients of its own rows; all have the same parameters.
+DATA_PARALLEL = (
+    PREPARE
+    + """
+    from adamax.jax import psum
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    everywhere, split, check = P(), P("x"), sys.argv[2] == "check_vma"
+
+    def take_together(params, state, ids, values, weights):
+        gradients = {"table": IndexedSlices(values, ids), "weights": weights / 8}
+        gradients = psum(gradients, "x")
+        if sys.argv[1] == "step":
+            return optimizer.step(params, state, gradients)
+        updates, state = optimizer.update(gradients, state, params)
+        return apply_updates(params, updates), state
+
+    step = jax.jit(
+        jax.shard_map(
+            take_together,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, split, split, everywhere),
+            out_specs=everywhere,
+            check_vma=check,
+        )
+    )
+    params = jax.tree.map(jnp.asarray, start)
+    state = optimizer.init(params)
+    for ids, values, weights in steps:
+        params, state = step(params, state, ids, values, weights)
+    assert_equal_results((params, state))
+
+    def wrong(params, state, ids, values):
+        gradients = jax.lax.psum(IndexedSlices(values, ids), "x")
+        return optimizer.step(params, state, {"table": gradients, "weights": None})
+
+    specs = (everywhere, everywhere, split, split)
+    shards = jax.shard_map(
+        wrong, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=check
+    )
+    try:
+        jax.jit(shards)(params, state, *steps[0][:2])
+    except TypeError as error:
+        assert "adamax.jax.on_rows or psum" in str(error), error
+        print("done")
+"""
+)
+
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 paths = pytest.mark.parametrize("path", ["update", "step"])
 
@@ -200,6 +247,12 @@ def test_spread_over_devices(run_python, path, spread):
 @paths
 def test_shard_map(run_python, path):
     assert run_python(SHARD_MAP, path, **EIGHT) == "done"
+
+
+@paths
+@pytest.mark.parametrize("check", ["check_vma", ""])
+def test_data_parallel_gradients_are_summed_over_devices(run_python, path, check):
+    assert run_python(DATA_PARALLEL, path, check, **EIGHT) == "done"
 
 
 @paths

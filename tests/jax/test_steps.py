@@ -138,6 +138,40 @@ def test_a_zero_gradient_leaves_parameters_alone():
     assert_same_bits(optax.apply_updates(w, updates), w)
 
 
+@paths
+def test_without_eps_nothing_moves_before_the_first_gradient(path):
+    optimizer, w = make(0.1, eps=0.0), jnp.ones(3)
+    state, step = optimizer.init(w), take_step(make(0.1, eps=0.0), path)
+    w, state = step(w, state, jnp.zeros(3))
+    assert_same_bits(w, np.ones(3, np.float32))
+    w, state = step(w, state, jnp.array([0.0, 2.0, math.nan]))
+    np.testing.assert_allclose(w, [1, 1 - 0.1 * 0.1 / (1 - 0.9**2), math.nan], rtol=1e-6)
+    w, _ = step(w, state, jnp.zeros(3))
+    np.testing.assert_array_equal(np.isnan(w), [False, False, True])
+
+
+@paths
+def test_derivatives_without_eps_are_finite(path):
+    def after(learning_rate, g):
+        optimizer, w = make(learning_rate, eps=0.0), jnp.ones(2)
+        return take_step(optimizer, path)(w, optimizer.init(w), g)[0].sum()
+
+    by_rate, by_gradient = jax.grad(after, (0, 1))(jnp.float32(0.1), jnp.array([0.0, 2.0]))
+    np.testing.assert_allclose(by_rate, -1, rtol=1e-6)
+    assert np.isfinite(by_gradient).all()
+
+
+@paths
+@pytest.mark.parametrize("learning_rate", [1e38, 1e39, 1e300])
+def test_a_learning_rate_beyond_float32_moves_nothing_by_a_gradient_of_zero(
+    path, learning_rate
+):
+    optimizer, w = make(learning_rate), jnp.ones(2)
+    w, _ = take_step(optimizer, path)(w, optimizer.init(w), jnp.array([0.0, 1.0]))
+    assert w[0] == 1
+    assert w[1] < -1e37
+
+
 # --- The step size ------------------------------------------------------------------------
 
 

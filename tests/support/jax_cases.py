@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "short norm": {"b1": 0.95, "b2": 0.5},
     "large eps": {"eps": 0.5, "learning_rate": 0.1},
     "smallest eps": {"eps": 2.0**-126},
+    "no eps": {"eps": 0.0},
     "weight decay": {"learning_rate": 0.1, "weight_decay": 0.3},
     "schedule": {"learning_rate": lambda step: 0.1 / (1 + step)},
     "scheduled decay": {"learning_rate": lambda step: 0.2**step, "weight_decay": 0.1},

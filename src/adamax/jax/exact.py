@@ -54,8 +54,9 @@ class CurrentTable(NotAnArray):
         """
         expected = state_dtype(self.table.dtype)
         for name, moment in (("mu", self.mu), ("nu", self.nu)):
-            is_wide = state_dtype(moment.dtype) == expected
-            if moment.shape != self.table.shape or not is_wide:
+            is_float = jnp.issubdtype(moment.dtype, jnp.floating)
+            fits = is_float and state_dtype(moment.dtype) == expected
+            if moment.shape != self.table.shape or not fits:
                 raise ValueError(
                     f"{name} in the state{self.name} must be {expected} of shape "
                     f"{self.table.shape}, as its parameter, got {moment.dtype} of shape "
