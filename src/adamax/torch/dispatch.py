@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .native import Call
 from .options import Options, check_count
 from .sparse import sparse_rows
 
+_IS_SPARSE, _IS_CPU, _DTYPE = map(attrgetter, ("is_sparse", "is_cpu", "dtype"))
 _NO_SCALING = Scaling()
 
 
@@ -40,7 +42,7 @@ def take_step(
         if tables is not None:
             for batch, _ in groups:
                 tables.check_lazy(batch.params)
-        # Usually all is dense and on the CPU, which the native core finds out by itself.
+        # Usually all are on the CPU and fit, which the native core finds out by itself.
         call = Call(scaling, called)
         for batch, options in groups:
             call.add(batch, options)
@@ -76,12 +78,14 @@ def take_step(
 
 
 def _is_simple(batch: Batch, options: Options) -> bool:
-    """Whether a group may be one that the native core serves, all gradients being dense."""
+    """Whether the native core may serve a group, whose gradients are dense."""
     return (
         options.path == "compiled"
         and not (options.exact or options.capturable)
         and set(map(type, batch.params)) <= PLAIN_TENSORS
         and not device.DEVICE.holds(batch.params[:1])
+        # To be refused by DLPack takes a sparse tensor more than a millisecond.
+        and not any(map(_IS_SPARSE, batch.grads))
     )
 
 
@@ -130,29 +134,35 @@ def _ways(batch: Batch, options: Options) -> Iterator[tuple[Any, Batch]]:
     if options.path != "compiled":
         yield options.path, batch
         return
-    if triton_serves(batch.params):
-        yield "triton", batch
-        return
-    devices = _compat.foreach_devices()
-    ways = [_way(param, devices) for param in batch.params]
+    ways: list[str | None] = [_compiled(batch.params)] * len(batch.params)
+    if ways[0] is None:
+        ways = [_compiled([param]) for param in batch.params]
     if options.capturable and "native" in ways:
         raise RuntimeError("capturable=True needs parameters on an accelerator")
-    for way, param in zip(ways, batch.params, strict=True):
-        if options.fused and way not in ("native", "triton"):
+    if None in ways:
+        unfit = batch.params[ways.index(None)]
+        if options.fused:
             raise RuntimeError(
                 f"fused=True needs float or complex parameters on the CPU or, with Triton "
-                f"installed, on an NVIDIA GPU, got {type(param).__name__} of {param.dtype} "
-                f"on {param.device}"
+                f"installed, on an NVIDIA GPU, got {type(unfit).__name__} of {unfit.dtype} "
+                f"on {unfit.device}"
             )
+        devices = _compat.foreach_devices()
+        others = ["foreach" if p.device.type in devices else "loop" for p in batch.params]
+        ways = [way or other for way, other in zip(ways, others, strict=True)]
     yield from batch.split(ways).items()
 
 
-def _way(param: Tensor, devices: list[str]) -> str:
-    if triton_serves([param]):
+def _compiled(params: Sequence[Tensor]) -> str | None:
+    """The compiled kernels that serve all of these parameters, if any do."""
+    if triton_serves(params):
         return "triton"
-    if type(param) in PLAIN_TENSORS and param.is_cpu and param.dtype in FLOATS:
-        return "native"
-    return "foreach" if param.device.type in devices else "loop"
+    serves = (
+        set(map(type, params)) <= PLAIN_TENSORS
+        and all(map(_IS_CPU, params))
+        and set(map(_DTYPE, params)) <= FLOATS
+    )
+    return "native" if serves else None
 
 
 def _local(batch: Batch) -> Batch:
