@@ -82,8 +82,7 @@ def _is_simple(batch: Batch, options: Options) -> bool:
     return (
         options.path == "compiled"
         and not (options.exact or options.capturable)
-        and set(map(type, batch.params)) <= PLAIN_TENSORS
-        and not device.DEVICE.holds(batch.params[:1])
+        and _are_plain(batch.params)
         # To be refused by DLPack takes a sparse tensor more than a millisecond.
         and not any(map(_IS_SPARSE, batch.grads))
     )
@@ -157,12 +156,14 @@ def _compiled(params: Sequence[Tensor]) -> str | None:
     """The compiled kernels that serve all of these parameters, if any do."""
     if triton_serves(params):
         return "triton"
-    serves = (
-        set(map(type, params)) <= PLAIN_TENSORS
-        and all(map(_IS_CPU, params))
-        and set(map(_DTYPE, params)) <= FLOATS
-    )
-    return "native" if serves else None
+    are_on_cpu = _are_plain(params) and all(map(_IS_CPU, params))
+    return "native" if are_on_cpu and set(map(_DTYPE, params)) <= FLOATS else None
+
+
+def _are_plain(params: Sequence[Tensor]) -> bool:
+    """Whether parameters may be on the CPU; looks at the device of the first alone."""
+    plain = set(map(type, params)) <= PLAIN_TENSORS
+    return plain and not device.DEVICE.holds(params[:1])
 
 
 def _local(batch: Batch) -> Batch:
