@@ -59,32 +59,32 @@ template <class T>
 inline void catch_up_runs(
     T* __restrict w, T* __restrict m, T* __restrict u, int64_t length, Gap<T> gap) {
     constexpr int64_t kRun = 128;
-    T a[kRun], b[kRun];
+    T a[kRun], b[kRun], x[kRun];
     for (int64_t start = 0; start < length; start += kRun) {
         const int64_t run = length - start < kRun ? length - start : kRun;
         T* __restrict const w_run = w + start;
         T* __restrict const m_run = m + start;
         T* __restrict const u_run = u + start;
-        for (int64_t i = 0; i < run; ++i) a[i] = b[i] = 0;
+        for (int64_t i = 0; i < run; ++i) {
+            a[i] = b[i] = 0;
+            x[i] = 4 * quotient(u_run[i], u_run[i] + gap.epsilon) - 2;
+        }
         // Clenshaw's recurrence for a Chebyshev series in `x / 2`, four terms at a time.
         for (int64_t n = gap.terms - 4; n > 0; n -= 4) {
             const T s0 = gap.sums[n], s1 = gap.sums[n + 1];
             const T s2 = gap.sums[n + 2], s3 = gap.sums[n + 3];
             for (int64_t i = 0; i < run; ++i) {
-                const T x = 4 * quotient(u_run[i], u_run[i] + gap.epsilon) - 2;
-                const T b3 = s3 + x * a[i] - b[i];
-                const T b2 = s2 + x * b3 - a[i];
-                const T b1 = s1 + x * b2 - b3;
-                a[i] = s0 + x * b1 - b2;
+                const T b3 = s3 + x[i] * a[i] - b[i];
+                const T b2 = s2 + x[i] * b3 - a[i];
+                const T b1 = s1 + x[i] * b2 - b3;
+                a[i] = s0 + x[i] * b1 - b2;
                 b[i] = b1;
             }
         }
         for (int64_t i = 0; i < run; ++i) {
             const T norm = u_run[i], moment = m_run[i];
-            const T denominator = norm + gap.epsilon;
-            const T x = 4 * quotient(norm, denominator) - 2;
-            const T series = gap.sums[0] + T(0.5) * x * a[i] - b[i];
-            w_run[i] = gap.of_w * w_run[i] - quotient(moment, denominator) * series;
+            const T series = gap.sums[0] + T(0.5) * x[i] * a[i] - b[i];
+            w_run[i] = gap.of_w * w_run[i] - quotient(moment, norm + gap.epsilon) * series;
             m_run[i] = gap.of_m * moment;
             u_run[i] = gap.of_u * norm;
         }
