@@ -4,27 +4,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
-from . import (
-    cases_cuda,
-    cases_exact,
-    cases_jax,
-    cases_keras,
-    cases_numpy,
-    cases_torch,
-    report,
-)
-from .gpu import why_not
-from .harness import Case, Result, run
+from . import cases, cases_cuda, cases_exact, cases_jax, cases_keras, report
+from .harness import Case, Result, new_process, run
+from .machine import why_no_gpu
 from .meters import CannotMeasureError
 
 PARTS: dict[str, tuple[Case, ...]] = {
-    "numpy": cases_numpy.CASES,
-    "torch": cases_torch.CASES,
-    "keras": cases_keras.CASES,
+    "numpy": cases.NUMPY,
+    "torch": cases.TORCH,
+    "startup": cases.STARTUP,
     "exact": cases_exact.CASES,
     "jax": cases_jax.CASES,
+    "keras": cases_keras.CASES,
     "cuda": cases_cuda.CASES,
 }
 
@@ -34,48 +29,40 @@ _RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     chosen = {
-        part: [c for c in cases if not options.only or c.name in options.only]
-        for part, cases in PARTS.items()
+        part: [c for c in of_part if not options.only or c.name in options.only]
+        for part, of_part in PARTS.items()
         if options.part in (None, part)
     }
-    if unknown := set(options.only) - {c.name for cases in chosen.values() for c in cases}:
+    if unknown := set(options.only) - {
+        c.name for of_part in chosen.values() for c in of_part
+    }:
         print(f"unknown case {', '.join(sorted(unknown))}; see --list", file=sys.stderr)
         return 2
     if options.list:
-        for part, cases in chosen.items():
-            for case in cases:
-                print(f"{case.name:24} {part}: {case.title}, {len(case.bars)} bars")
+        for part, of_part in chosen.items():
+            for case in of_part:
+                print(f"{case.name:30} {part}: {case.title}, {len(case.bars)} bars")
         return 0
 
-    complete = not (options.only or options.quick)
+    complete = not (options.only or options.quick or options.rounds)
     output = options.output or (_RESULTS if complete else None)
     failures: list[str] = []
-    for part, cases in chosen.items():
-        if part == "cuda" and cases and not options.only and (reason := why_not()):
+    for part, of_part in chosen.items():
+        if part == "cuda" and of_part and not options.only and (why := why_no_gpu()):
             remedy = "python -m benchmarks --part cuda, where there are both"
-            message = f"cuda: not measured: {reason}; needs an NVIDIA GPU and a CUDA build"
+            message = f"cuda: not measured: {why}; needs an NVIDIA GPU and a CUDA build"
             print(f"{message} of torch: {remedy}")
             if options.part:
-                failures.append(f"cuda: not measured: {reason}")
+                failures.append(f"cuda: not measured: {why}")
             continue
-        results = []
-        for case in cases:
-            print(f"{case.name}: {case.title} ...", flush=True)
-            try:
-                result = run(case.toy() if options.quick else case)
-            except (CannotMeasureError, BrokenProcessPool) as error:
-                failures.append(f"{case.name}: not measured: {error}")
-                continue
-            except ModuleNotFoundError as error:
-                remedy = "install the peers (pip install --group frameworks)"
-                failures.append(f"{case.name}: not measured: {error}; {remedy}")
-                continue
-            results.append(result)
-            failures += _failures(result, judge=not options.quick)
-            print(report.measurements_table(result), "", sep="\n")
-        if results and not options.quick:
-            print(report.bars_table(results), "", sep="\n")
-        if output is not None and cases:
+        if options.quick:
+            results = _measure([c.toy() for c in of_part], failures, quick=True)
+        else:
+            rounds = {"rounds": options.rounds} if options.rounds else {}
+            results = _measure([replace(c, **rounds) for c in of_part], failures)
+            if results:
+                print(report.bars_table(results), "", sep="\n")
+        if output is not None and of_part:
             report.write(output, part, results)
             print(f"written to {output}")
     for failure in failures:
@@ -83,10 +70,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+def _measure(
+    chosen: list[Case], failures: list[str], *, quick: bool = False
+) -> list[Result]:
+    """Measure cases, each in a new process; quick ones of one environment share one."""
+    results = []
+    if quick:
+        chosen = sorted(chosen, key=lambda c: sorted(c.variables.items()))
+    for _, group in groupby(chosen, lambda c: c.variables if quick else c.name):
+        together = list(group)
+        with new_process(together[0].variables) as process:
+            for case in together:
+                print(f"{case.name}: {case.title} ...", flush=True)
+                try:
+                    result = run(case, process)
+                except (CannotMeasureError, BrokenProcessPool) as error:
+                    failures.append(f"{case.name}: not measured: {error}")
+                    continue
+                except ModuleNotFoundError as error:
+                    remedy = "install the peers (pip install --group frameworks)"
+                    failures.append(f"{case.name}: not measured: {error}; {remedy}")
+                    continue
+                results.append(result)
+                failures += _failures(result, judge=not quick)
+                print(report.measurements(result), "", sep="\n", flush=True)
+    return results
+
+
 def _failures(result: Result, judge: bool) -> list[str]:
     name = result.case.name
     wrong = [f"{name}: wrong answer of {contestant}" for contestant in result.wrong()]
-    missed = [f"{name}: missed: {v.text}" for v in result.verdicts() if judge and not v.met]
+    missed = [
+        f"{name}: missed, {verdict.way}: {verdict.text}"
+        for verdict in result.verdicts()
+        if judge and not verdict.met
+    ]
     return wrong + missed
 
 
@@ -101,9 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--part", choices=PARTS, help="only the cases of this part")
     parser.add_argument("--list", action="store_true", help="list the cases")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, help="measure N rounds of each case"
+    )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument(
-        "--quick", action="store_true", help="toy sizes, nothing judged but answers"
+        "--quick", action="store_true", help="small sizes; only answers are judged"
     )
     extent.add_argument(
         "--output",

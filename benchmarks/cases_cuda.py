@@ -1,21 +1,30 @@
 """Cases of the PyTorch front end on a GPU: ``adamax.torch.Adamax`` with Triton kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from .bars import COLD, Bar, most_memory, speed
+from .cases import (
+    FOREACH,
+    FUSED_ADAM,
+    ROWS,
+    SPARSE_ADAM_OF_TORCH,
+    FrontEnd,
+    dense_peers,
+    growth,
+    sparse_peer,
+)
 from .contestants_cuda import GPU_MEMORY, Copy, TorchOnGpu
-from .harness import Bar, Below, Case, Contestant, CostsAtMost, Faster
-from .oracle import ADAM, ADAMAX, LAZY_ADAMAX, SPARSE_ADAM
-from .torch_peers import FOREACH, FUSED_ADAM, SPARSE
-from .workloads import ROWS, Dense, Sparse
+from .harness import Case, Contestant
+from .workloads import Dense, Sparse
 
-OURS = "adamax.torch on the GPU"
+_MAKE = partial(TorchOnGpu, optimizer="adamax.torch.Adamax", fused=True)
+OURS = FrontEnd("adamax.torch on the GPU", _MAKE, exact=_MAKE)
 COPY = "copy of the same bytes"
 
-_OURS = partial(TorchOnGpu, optimizer="adamax.torch.Adamax", fused=True)
-_FOREACH = partial(TorchOnGpu, optimizer="torch.optim.Adamax", foreach=True)
-_FUSED_ADAM = partial(TorchOnGpu, optimizer="torch.optim.Adam", fused=True)
-_SPARSE_ADAM = partial(TorchOnGpu, optimizer="torch.optim.SparseAdam")
+_TABLES = {size: Sparse(rows, number=65536, width=128) for size, rows in ROWS.items()}
+_TITLE = "65536 uniform ids into rows of 128"
 
 
 @dataclass(frozen=True)
@@ -26,94 +35,75 @@ class CaseOnGpu(Case):
         return max(contestant.work.memory for contestant in self.contestants)
 
 
-def _dense(
-    name: str, title: str, work: Dense, bars: tuple[Bar, ...], **counts: int
+def _beside_peers(
+    name: str, title: str, work: Dense | Sparse, *bars: Bar, **counts: Any
 ) -> Case:
-    contestants = (
-        Contestant(OURS, _OURS, work, ADAMAX, ours=True),
-        Contestant(FOREACH, _FOREACH, work, ADAMAX),
-        Contestant(FUSED_ADAM, _FUSED_ADAM, work, ADAM),
-        Contestant(COPY, Copy, work, None),
+    peers = (
+        dense_peers(work, TorchOnGpu)
+        if isinstance(work, Dense)
+        else (sparse_peer(work, TorchOnGpu),)
     )
-    return CaseOnGpu(name, title, contestants, bars, **counts)
-
-
-def _table(rows: int, zipf: bool = False) -> Sparse:
-    return Sparse(rows, ids=65536, width=128, zipf=zipf)
-
-
-def _sparse(name: str, title: str, table: Sparse, bars: tuple[Bar, ...]) -> Case:
-    contestants = (
-        Contestant(OURS, _OURS, table, LAZY_ADAMAX, ours=True),
-        Contestant(SPARSE, _SPARSE_ADAM, table, SPARSE_ADAM),
-        Contestant(COPY, Copy, table, None),
-    )
-    return CaseOnGpu(name, title, contestants, bars, rounds=21, steps=4)
-
-
-def _flat() -> Case:
-    names = {size: f"{OURS}, {size} rows" for size in ROWS}
-    contestants = [
-        Contestant(names[size], _OURS, _table(rows), LAZY_ADAMAX, ours=True)
-        for size, rows in ROWS.items()
-    ]
-    return CaseOnGpu(
-        "cuda-sparse-flat",
-        "65536 uniform ids into rows of 128, tables of 1e5 to 1e7 rows",
-        tuple(contestants),
-        (CostsAtMost(names["1e7"], names["1e5"], 2.5),),
-        rounds=21,
-        steps=4,
-    )
+    copy = Contestant(COPY, Copy, work, None)
+    return CaseOnGpu(name, title, (OURS.contestant(work), *peers, copy), bars, **counts)
 
 
 def _memory() -> Case:
-    table = _table(ROWS["1e7"])
+    table = _TABLES["1e7"]
     return CaseOnGpu(
-        "cuda-sparse-memory",
-        "65536 uniform ids into rows of 128, table of 1e7 rows (15 GB with its state)",
+        "cuda-memory",
+        f"{_TITLE}, table of 1e7 rows (15 GB with its state)",
         (
-            Contestant(OURS, _OURS, table, LAZY_ADAMAX, ours=True, meter=GPU_MEMORY),
-            Contestant(SPARSE, _SPARSE_ADAM, table, SPARSE_ADAM, meter=GPU_MEMORY),
+            OURS.contestant(table, meter=GPU_MEMORY),
+            replace(sparse_peer(table, TorchOnGpu), meter=GPU_MEMORY),
         ),
-        (Below(OURS, 16e6, GPU_MEMORY),),
+        (most_memory(OURS.name, cold=16e6),),
         rounds=5,
+        steps=1,
+        ways=(COLD,),
     )
 
 
 CASES = (
-    _dense(
+    _beside_peers(
         "cuda-dense",
         "One parameter of 256 Mi float32",
         Dense(arrays=1, length=256 << 20),
-        (
-            Faster(OURS, (FOREACH,), 2.5),
-            Faster(OURS, (FUSED_ADAM,), 1.0),
-            Faster(OURS, (COPY,), 0.9),
-        ),
+        speed(OURS.name, (FOREACH,), hot=2.5),
+        speed(OURS.name, (FUSED_ADAM,), hot=1.0),
+        speed(OURS.name, (COPY,), hot=0.9),
         rounds=9,
-        steps=2,
+        steps=1,
     ),
-    _dense(
+    _beside_peers(
         "cuda-many-4096",
         "300 parameters of 4096 float32",
         Dense(arrays=300, length=4096),
-        (Faster(OURS, (FUSED_ADAM,), 1.0),),
+        speed(OURS.name, (FUSED_ADAM,), hot=1.0),
         rounds=31,
-        steps=6,
     ),
-    _sparse(
+    _beside_peers(
         "cuda-sparse-1e7",
-        "65536 uniform ids into rows of 128, table of 1e7 rows",
-        _table(ROWS["1e7"]),
-        (Faster(OURS, (SPARSE,), 5), Faster(OURS, (COPY,), 0.6)),
+        f"{_TITLE}, table of 1e7 rows",
+        _TABLES["1e7"],
+        speed(OURS.name, (SPARSE_ADAM_OF_TORCH,), hot=5),
+        speed(OURS.name, (COPY,), hot=0.6),
+        steps=3,
     ),
-    _sparse(
+    _beside_peers(
         "cuda-sparse-zipf-1e7",
         "65536 Zipf ids (some thousands of them one) into rows of 128, table of 1e7 rows",
-        _table(ROWS["1e7"], zipf=True),
-        (Faster(OURS, (SPARSE,), 5),),
+        replace(_TABLES["1e7"], ids="zipf"),
+        speed(OURS.name, (SPARSE_ADAM_OF_TORCH,), hot=5),
+        steps=3,
     ),
-    _flat(),
+    growth(
+        "cuda-growth",
+        _TITLE,
+        lambda table, size: OURS.contestant(table, f"{OURS.name}, {size}"),
+        _TABLES,
+        kind=CaseOnGpu,
+        count_pages=False,
+        steps=3,
+    ),
     _memory(),
 )

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from .contestants import TableWork, Torch
-from .gpu import why_not
+from .machine import why_no_gpu
 from .meters import CannotMeasureError, Measure, Meter
-from .workloads import Array, Dense, Gradient
+from .oracle import Array
+from .workloads import Dense, Gradient
 
 DEVICE = "cuda"
 
 
-def _check(needed: int) -> None:
-    """Raise unless a GPU is there that has ``needed`` bytes of free memory."""
-    if reason := why_not():
+def check_memory(needed: int) -> None:
+    """Raise a CannotMeasureError unless a GPU has ``needed`` bytes of free memory."""
+    if reason := why_no_gpu():
         raise CannotMeasureError(reason)
     import torch
 
@@ -24,28 +25,28 @@ def _check(needed: int) -> None:
         )
 
 
-def _wait() -> None:
+def wait() -> None:
     import torch
 
     torch.cuda.synchronize()
 
 
 class TorchOnGpu(Torch):
-    """An optimizer of tensors on a GPU. A step is over when the GPU has done it."""
+    """An optimizer of tensors on a GPU. A step ends when the GPU has finished it."""
 
     def __init__(self, work: TableWork, optimizer: str, **options: Any) -> None:
-        _check(work.memory)
+        check_memory(work.memory)
         super().__init__(work, optimizer, device=DEVICE, **options)
 
     def take(self, draw: list[Gradient]) -> None:
         for parameter in self._parameters:
-            parameter.grad = None  # its memory is used again, as in training
+            parameter.grad = None  # its memory is reused, as in training
         super().take(draw)
-        _wait()
+        wait()
 
     def step(self) -> None:
         super().step()
-        _wait()
+        wait()
 
 
 class Copy:
@@ -53,18 +54,18 @@ class Copy:
 
     def __init__(self, work: TableWork) -> None:
         numbers = _bytes_of_step(work) // 8  # each of 4 bytes is read once, written once
-        _check(8 * numbers)
+        check_memory(8 * numbers)
         import torch
 
         self._source = torch.zeros(numbers, device=DEVICE)
         self._target = torch.zeros(numbers, device=DEVICE)
 
     def take(self, draw: list[Gradient]) -> None:
-        _wait()
+        wait()
 
     def step(self) -> None:
         self._target.copy_(self._source)
-        _wait()
+        wait()
 
     def parameters(self) -> list[Array]:
         return []
@@ -74,7 +75,7 @@ def _bytes_of_step(work: TableWork) -> int:
     """Of w, m, u and g, which are read, and of w, m and u, which are written."""
     if isinstance(work, Dense):
         return 4 * 7 * work.arrays * work.length
-    return 4 * 7 * work.ids * work.width  # a few less, as some ids repeat
+    return 4 * 7 * work.number * work.width  # a few less, as some ids repeat
 
 
 def _growth() -> Measure:

@@ -1,15 +1,13 @@
 """Factories of contestants for JAX, which is imported when one is made."""
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
 
 from .contestants import TableWork, by_name
-from .harness import THREADS
-from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE
-from .workloads import Array, Gradient, Rows
+from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE, Array
+from .workloads import Gradient, Rows
 
 
 class Jax:
@@ -28,12 +26,11 @@ class Jax:
         dense: bool = False,
         **options: Any,
     ) -> None:
-        os.environ.setdefault("NPROC", str(THREADS))  # of XLA's pool
         import jax
 
         from adamax.jax import apply_updates
 
-        self._jax = jax
+        self._jax: Any = jax
         self._dense = dense
         transformation = by_name(optimizer)(
             LEARNING_RATE, BETA_1, BETA_2, EPSILON, **options
@@ -48,8 +45,8 @@ class Jax:
         self._step = jax.jit(step, donate_argnums=(0, 1))
         self._params = [jax.numpy.array(array) for array in work.initial()]
         self._state = transformation.init(self._params)
-        # Where the last gradients were, as for the memory limit: memory that is new to a
-        # virtual machine is slow for a while.
+        # New gradients go where the last ones were, as they do for the speed of memory:
+        # memory that is new to a virtual machine is slow for a while.
         self._put = jax.jit(lambda old, new: old.at[:].set(new), donate_argnums=0)
         self._gradients: list[Any] = []
 
@@ -79,7 +76,7 @@ class Jax:
 
 
 class JaxExact(Jax):
-    """Ours in exact mode, with the lookup of the rows that it needs before."""
+    """Ours in exact mode, with the lookup of the rows that comes before a step."""
 
     def __init__(self, work: TableWork) -> None:
         super().__init__(work, "adamax.jax.adamax", sparse="exact")
@@ -88,8 +85,8 @@ class JaxExact(Jax):
         def look_and_step(params: Any, state: Any, gradients: Any) -> Any:
             (gradient,) = gradients
             (rows,) = optimizer.lookup(params, state, [gradient.indices])
-            # As in a training step, the gradient depends on the rows: so they are read, and
-            # before the tables are changed, in place.
+            # As in a training step, the gradient depends on the rows: XLA has to read them,
+            # before it changes the tables in place.
             values = numpy.where(numpy.isnan(rows), rows, gradient.values)
             gradients = [dataclasses.replace(gradient, values=values)]
             return optimizer.step(params, state, gradients)

@@ -1,8 +1,7 @@
-"""Contestants of Keras. Its back end is fixed per process: one for all of a case."""
+"""Contestants of Keras, whose back end is the one in the environment of the case."""
 
 import functools
 import importlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 
 from .contestants import TableWork, by_name
 from .harness import THREADS
-from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE
-from .workloads import Array, Dense, Epoch, Gradient, Rows
+from .oracle import BETA_1, BETA_2, EPSILON, LEARNING_RATE, Array
+from .workloads import Dense, Epoch, Gradient, Rows
 
 
 class TensorFlow:
@@ -53,7 +52,6 @@ class KerasTorch:
     """An Adamax of Keras by its full name, on the PyTorch back end."""
 
     def __init__(self, work: Dense, optimizer: str) -> None:
-        os.environ["KERAS_BACKEND"] = "torch"
         import torch
 
         torch.set_num_threads(THREADS)
@@ -76,7 +74,6 @@ class KerasJax:
     """An Adamax of Keras by its full name, jitted as in Keras' train step."""
 
     def __init__(self, work: Dense, optimizer: str) -> None:
-        os.environ["KERAS_BACKEND"] = "jax"
         import jax
 
         variables = [_variable(optimizer)(array) for array in work.initial()]
@@ -84,8 +81,8 @@ class KerasJax:
         adamax.build(variables)
         self._put = jax.numpy.array
 
-        # In the order of Keras' trainer: XLA reuses the memory of arguments for results
-        # in the order they are in.
+        # In the order of Keras' trainer, since XLA reuses the memory of arguments for
+        # results in the order of both.
         def step(parameters: Any, state: Any, gradients: Any) -> Any:
             return adamax.stateless_apply(state, gradients, parameters)
 
@@ -152,8 +149,6 @@ def _build(optimizer: Any, variables: Sequence[Any]) -> None:
 
 @functools.cache
 def _use_tensorflow() -> Any:
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)

@@ -1,40 +1,36 @@
-"""The machine and the versions that results belong to."""
+"""The machine and the versions that results belong to; None for what is not known."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from . import gpu
-
 _PACKAGES = (
-    "adamax",
-    "numpy",
-    "numba",
-    "llvmlite",
-    "torch",
-    "triton",
-    "tensorflow",
-    "keras",
-    "tf_keras",
-    "jax",
-    "jaxlib",
-    "optax",
+    *("adamax", "numpy", "torch", "triton", "tensorflow", "keras", "tf_keras"),
+    *("jax", "jaxlib", "optax"),
 )
 
 
 def describe() -> dict[str, Any]:
-    """The machine, as JSON can hold it; None for what cannot be found out."""
+    """The machine, in types of JSON."""
+    cpu = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in _lines("/proc/cpuinfo"))
+    }
+    name = cpu.get("model name") or platform.processor() or None
+    model = " (family {cpu family}, model {model})".format_map(cpu) if cpu else ""
+    huge_pages = _lines("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "cpu": _cpu(),
+        "cpu": name and name + model,
         "cores": os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": _memory("MemTotal"),
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "transparent_huge_pages": _transparent_huge_pages(),
-        "gpu": gpu.describe(),
+        "transparent_huge_pages": huge_pages[0].split("[")[1].split("]")[0]
+        if huge_pages
+        else None,
+        "gpu": _gpu(),
     }
 
 
@@ -46,66 +42,61 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    found["commit"] = _commit()
-    return found
-
-
-def available_memory() -> int | None:
-    """What can be allocated without swapping; None where it is not known."""
-    return _field("/proc/meminfo", "MemAvailable", 1024)
-
-
-def _memory() -> int | None:
-    return _field("/proc/meminfo", "MemTotal", 1024) or _sysctl_number("hw.memsize")
-
-
-def _cpu() -> str | None:
-    lines = _lines("/proc/cpuinfo")
-    about = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
-    about = {key.strip(): value for key, value in about.items()}
-    if "model name" in about:
-        numbers = (about.get(key, "?") for key in ("cpu family", "model"))
-        return "{} (family {}, model {})".format(about["model name"], *numbers)
-    return _sysctl("machdep.cpu.brand_string") or platform.processor() or None
-
-
-def _transparent_huge_pages() -> str | None:
-    for line in _lines("/sys/kernel/mm/transparent_hugepage/enabled"):
-        return line[line.index("[") + 1 : line.index("]")]
-    return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this file lies in, with a plus if it was changed."""
+    # The commit of the checkout, with a plus if the source was changed.
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = _output([*git, "rev-parse", "--short", "HEAD"])
     changes = _output([*git, "status", "--porcelain", "--", "../src"])
-    return commit and commit + ("+" if changes else "")
+    return {**found, "commit": commit and commit + ("+" if changes else "")}
 
 
-def _sysctl(name: str) -> str | None:
-    return _output(["sysctl", "-n", name]) if sys.platform == "darwin" else None
+def available_memory() -> int | None:
+    """How many bytes can be allocated without swapping."""
+    return _memory("MemAvailable")
 
 
-def _sysctl_number(name: str) -> int | None:
-    number = _sysctl(name)
-    return int(number) if number else None
+def why_no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU here, or None if it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    return "torch finds no CUDA GPU"
+
+
+def _gpu() -> dict[str, Any] | None:
+    if why_no_gpu() is not None:
+        return None
+    import torch
+
+    about = torch.cuda.get_device_properties(0)
+    query = ["--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return {
+        "name": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "memory_bytes": about.total_memory,
+        "multiprocessors": about.multi_processor_count,
+        "driver": _output(["nvidia-smi", *query]),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _memory(name: str) -> int | None:
+    for line in _lines("/proc/meminfo"):
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def _output(command: list[str]) -> str | None:
     try:
-        return subprocess.run(
-            command, capture_output=True, check=True, text=True
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _field(path: str, name: str, unit: int) -> int | None:
-    for line in _lines(path):
-        if line.startswith(f"{name}:"):
-            return unit * int(line.split()[1])
-    return None
+    return done.stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

@@ -3,10 +3,8 @@
 import ctypes
 import sys
 import time
-import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,32 +18,32 @@ Measure: TypeAlias = Callable[[Callable[[], None]], float]
 
 @dataclass(frozen=True)
 class Meter:
-    """``start()`` gives what measures the steps of one contestant, from the first on."""
+    """``start()`` returns what measures the steps of one contestant."""
 
     name: str
     unit: str
-    start: Callable[[], Measure]
-
-    def format(self, number: float) -> str:
-        return format_with_unit(number, self.unit)
+    start: Callable[[], Measure] = field(compare=False)
 
 
 def format_with_unit(number: float, unit: str) -> str:
     if unit == "B":
         return f"{number / 1e6:,.2f} MB"
     if unit == "s":
-        return f"{number:.3g} s" if number >= 1 else f"{number * 1e3:.3g} ms"
+        return f"{number:.3g} s" if abs(number) >= 1 else f"{number * 1e3:.3g} ms"
     return f"{number:.3g}"
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def _stopwatch() -> Measure:
+    def measure(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    return measure
 
 
 class _GrowthOfPeak:
-    """How far resident memory has ever been above what it was before the first step.
+    """How far peak resident memory has risen above what there was before the first step.
 
     Not step by step: an allocator may keep what the first step needed.
     """
@@ -59,8 +57,9 @@ class _GrowthOfPeak:
 
     def __call__(self, step: Callable[[], None]) -> float:
         if self._before is None:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would hide growth
-            (self._PROCESS / "clear_refs").write_text("5")  # the peak so far is forgotten
+            # Memory that is free and still resident would hide growth.
+            ctypes.CDLL(None).malloc_trim(0)
+            (self._PROCESS / "clear_refs").write_text("5")  # resets the peak
             self._before = self._status("VmRSS")
         step()
         return float(self._status("VmHWM") - self._before)
@@ -71,22 +70,5 @@ class _GrowthOfPeak:
         return 1024 * int(kibibytes)
 
 
-def _traced_peak(step: Callable[[], None]) -> float:
-    """What ``step`` allocated through Python and NumPy, at its highest point."""
-    tracemalloc.start()
-    try:
-        step()
-        return float(tracemalloc.get_traced_memory()[1])
-    finally:
-        tracemalloc.stop()
-
-
-def _stateless(measure: Measure) -> Measure:
-    return measure
-
-
-SECONDS = Meter("time", "s", partial(_stateless, _seconds))
+SECONDS = Meter("time", "s", _stopwatch)
 GROWTH_OF_PEAK = Meter("growth of peak resident memory", "B", _GrowthOfPeak)
-TRACED_PEAK = Meter(
-    "memory allocated through NumPy", "B", partial(_stateless, _traced_peak)
-)

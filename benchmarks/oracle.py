@@ -9,15 +9,14 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# What every contestant is given.
+# Every contestant gets the same hyperparameters.
 LEARNING_RATE = 1e-3
 BETA_1 = 0.9
 BETA_2 = 0.999
 EPSILON = 1e-7
 
-# The largest deviation of a float32 contestant from its rule, in learning rates.
+# How far a float32 contestant may be from its rule, in learning rates.
 TOLERANCE = 1e-3
-
 
 # Of w, m, u, g and t: w, m and u one step later.
 Update: TypeAlias = Callable[[Array, Array, Array, Array, int], tuple[Array, Array, Array]]
@@ -46,12 +45,12 @@ def _sparse_adam(
 
 
 def _move(w: Array, m: Array, u: Array, g: Array, t: int) -> tuple[Array, Array, Array]:
-    return g, w, m
+    return g, w.copy(), m.copy()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a contestant should compute; a lazy rule skips the rows without a gradient."""
+    """What a contestant should compute. A lazy rule skips rows without a gradient."""
 
     update: Update
     lazy: bool = False
@@ -62,6 +61,7 @@ LAZY_ADAMAX = Rule(_adamax, lazy=True)
 ADAM = Rule(_adam)
 SPARSE_ADAM = Rule(_sparse_adam, lazy=True)  # as torch: epsilon before bias correction
 MOVE = Rule(_move)
+MOVE_ROWS = Rule(_move, lazy=True)
 
 
 class Trajectory:
@@ -73,7 +73,7 @@ class Trajectory:
         self._t = 0
 
     def step(self, g: Array, touched: Array) -> None:
-        """Take a step; ``touched`` says which elements (rows) have a gradient at all."""
+        """Take a step; ``touched`` marks the elements (rows) that have a gradient."""
         self._t += 1
         moved = self._rule.update(*self._state, g.astype(np.float64), self._t)
         if self._rule.lazy:

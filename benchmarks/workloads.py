@@ -1,17 +1,12 @@
-"""What a step works on: parameters, and a stream of gradients drawn outside the timer."""
+"""What a step works on: parameters, and gradients, which are drawn untimed."""
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from .oracle import Rule, Trajectory
-
-Array = npt.NDArray[Any]
+from .oracle import Array, Rule, Trajectory
 
 _SEED = 20150507
 _SAMPLE = 4096  # elements of each array, or rows, that are compared with the oracle
@@ -29,28 +24,38 @@ Gradient: TypeAlias = Array | Rows
 
 
 class Stream(Protocol):
-    """The gradients of a run, one draw per step, the same for all who share the work."""
+    """The gradients of a run, one draw per step, the same for all that share the work."""
 
     def draw(self) -> Any:
-        """Whatever the contestants of this work need for their next step."""
+        """What the contestants of this work need for their next step."""
 
     def error(self, rule: Rule, parameters: Sequence[Array]) -> float:
         """How far ``parameters`` are from what ``rule`` makes of the gradients drawn."""
 
 
 class Work(Protocol):
-    """A frozen description, equal for contestants that share gradients."""
+    """A frozen description, equal for the contestants that share gradients."""
 
-    @property
-    def title(self) -> str: ...
     @property
     def memory(self) -> int:
-        """The bytes that each contestant needs: parameters, two states, gradients."""
+        """The bytes that each contestant needs: parameters, state and gradients."""
 
     def toy(self) -> Self:
-        """The same at a size that takes no time."""
+        """The same work at a size that takes no time."""
 
     def stream(self, rules: Iterable[Rule]) -> Stream: ...
+
+
+class Entry(Protocol):
+    """A contestant with its own copy of the parameters of a work, and its state."""
+
+    def take(self, draw: Any) -> None:
+        """Get ready for a step with what a stream drew. Not measured."""
+
+    def step(self) -> None:
+        """Take the step. Measured; returns when the parameters are updated."""
+
+    def parameters(self) -> list[Array]: ...
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,6 @@ class Dense:
     length: int
 
     @property
-    def title(self) -> str:
-        return f"{self.arrays} x {self.length:,} float32"
-
-    @property
     def memory(self) -> int:
         return 4 * 4 * self.arrays * self.length
 
@@ -72,7 +73,7 @@ class Dense:
         return replace(self, arrays=min(self.arrays, 5), length=min(self.length, 4096))
 
     def initial(self) -> list[Array]:
-        """A fresh copy of the parameters, all of its memory touched."""
+        """A new copy of the parameters, all of its memory touched."""
         block = _parameters(min(self.length, 1 << 16))
         return [np.resize(block, self.length) for _ in range(self.arrays)]
 
@@ -108,17 +109,15 @@ ROWS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}  # of tables
 
 @dataclass(frozen=True)
 class Sparse:
-    """A float32 table and, for each step, new ids with one gradient row each."""
+    """A float32 table and, for each step, a number of ids with one gradient row each.
+
+    ``ids`` are "uniform" or "zipf": the k-th most frequent has a share of about 1 / k.
+    """
 
     rows: int
-    ids: int = 4096
+    ids: str = "uniform"
+    number: int = 4096
     width: int = 64
-    zipf: bool = False
-
-    @property
-    def title(self) -> str:
-        ids = "Zipf" if self.zipf else "uniform"
-        return f"{self.ids:,} {ids} ids, {self.rows:,} x {self.width} float32"
 
     @property
     def memory(self) -> int:
@@ -129,18 +128,18 @@ class Sparse:
         return 4 * self.rows * self.width
 
     def toy(self) -> Self:
-        return replace(self, rows=self.rows // 1000, ids=min(self.ids, 64))
+        return replace(self, rows=max(100, self.rows // 1000), number=min(self.number, 64))
 
     def initial(self) -> list[Array]:
-        """A fresh copy of the table, all of its memory touched."""
+        """A new copy of the table, all of its memory touched."""
         block = _parameters(min(self.rows, 1000) * self.width)
         return [np.resize(block, (self.rows, self.width))]
 
     def draw_ids(self, random: np.random.Generator) -> Array:
-        """Ids of one step. Zipf: the k-th most frequent has a share of about 1 / k."""
-        if not self.zipf:
-            return random.integers(0, self.rows, self.ids)
-        ranks = (self.rows ** random.random(self.ids)).astype(np.int64)
+        """The ids of one step."""
+        if self.ids == "uniform":
+            return random.integers(0, self.rows, self.number)
+        ranks = (self.rows ** random.random(self.number)).astype(np.int64)
         return ranks * 2_654_435_761 % self.rows  # popular rows are not neighbours
 
     def stream(self, rules: Iterable[Rule]) -> "_SparseStream":
@@ -151,7 +150,7 @@ class _SparseStream:
     def __init__(self, work: Sparse, rules: Iterable[Rule]) -> None:
         self._work = work
         self._random = np.random.default_rng(_SEED)
-        # Compared are the rows of the first step and some that are most likely untouched.
+        # Compares the rows of the first step, and some that are most likely untouched.
         first = work.draw_ids(np.random.default_rng(_SEED))[:_SAMPLE]
         spread = np.linspace(0, work.rows - 1, 100).astype(np.int64)
         self._sample = np.union1d(first, spread)
@@ -188,12 +187,6 @@ class Epoch:
     batches: int = 20
 
     @property
-    def title(self) -> str:
-        return (
-            f"{self.batches} batches of {self.batch}, {self.rows:,} x {self.width} float32"
-        )
-
-    @property
     def memory(self) -> int:
         return 4 * 4 * self.rows * self.width
 
@@ -221,31 +214,22 @@ class _Examples:
 
 
 @dataclass(frozen=True)
-class Startup:
-    """A first step in a new process; every round has a new directory for compiled code."""
+class NewProcess:
+    """A program that checks its own answer; there is nothing to draw."""
 
     memory: int = 0
-
-    @property
-    def title(self) -> str:
-        return "interpreter start, import, first dense and first sparse step"
 
     def toy(self) -> Self:
         return self
 
-    def stream(self, rules: Iterable[Rule]) -> "_CacheDirectories":
-        return _CacheDirectories()
+    def stream(self, rules: Iterable[Rule]) -> "NewProcess":
+        return self
 
-
-class _CacheDirectories:
-    def __init__(self) -> None:
-        self._parent = tempfile.TemporaryDirectory(prefix="adamax-benchmark-")
-
-    def draw(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self._parent.name))
+    def draw(self) -> None:
+        return None
 
     def error(self, rule: Rule, parameters: Sequence[Array]) -> float:
-        raise NotImplementedError("the processes check their own answers")
+        raise NotImplementedError("programs check their own answers")
 
 
 def _parameters(count: int) -> Array:
