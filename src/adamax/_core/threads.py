@@ -11,11 +11,11 @@ _num_threads: int | None = None
 
 
 def get_num_threads() -> int:
-    """The number of threads that one step of a NumPy or JAX optimizer may use.
+    """The number of threads that one step of a NumPy optimizer may use.
 
     What :func:`set_num_threads` was given, else ``OMP_NUM_THREADS``, else the number of
     CPUs that this process may use, by its affinity and the CPU quota of its container.
-    PyTorch has its own setting: ``torch.set_num_threads``.
+    The other front ends use as many threads as their framework does.
     """
     return _default_num_threads() if _num_threads is None else _num_threads
 
@@ -57,9 +57,9 @@ def _own_cgroup() -> Path:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Let one step of a NumPy or JAX optimizer use up to ``num_threads`` threads.
+    """Let one step of a NumPy optimizer use up to ``num_threads`` threads.
 
-    PyTorch has its own setting, ``torch.set_num_threads``, and so has TensorFlow.
+    PyTorch has its own setting, ``torch.set_num_threads``, and so have TensorFlow and JAX.
 
     Raises:
         TypeError: ``num_threads`` is not an int.

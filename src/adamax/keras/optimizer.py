@@ -59,8 +59,8 @@ class Adamax(BackendOptimizer):
             arguments that returns the learning rate.
         beta_1: float or constant tensor, the decay of :math:`m` per step, in [0, 1).
         beta_2: float or constant tensor, the decay of :math:`u` per step, in [0, 1).
-        epsilon: added to :math:`u` in the denominator, at least the smallest normal
-            float32.
+        epsilon: added to :math:`u` in the denominator, in [0, inf). With 0, the paper's own
+            rule, an element that has only seen gradients of zero does not move.
         weight_decay: decoupled weight decay, in [0, inf); None for none.
         clipnorm: largest norm of the gradient of each variable.
         clipvalue: largest magnitude of each element of a gradient.
