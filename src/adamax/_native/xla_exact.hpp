@@ -50,7 +50,7 @@ struct StateHistory {
         const double later = is_final ? decayed(behind - window) : 1;
         for (int64_t n = 0; n < terms; ++n) sums[n] = T(entry[n] * later);
         double of_m = 1, of_u = 1;
-        for (int64_t digit = 0, rest = behind; digit < 4; ++digit, rest /= 256) {
+        for (int64_t digit = 0, rest = behind; rest > 0; ++digit, rest /= 256) {
             of_m *= powers[digit * 256 + rest % 256];
             of_u *= powers[(4 + digit) * 256 + rest % 256];
         }
@@ -71,7 +71,8 @@ struct StateHistory {
 
 // A table, its history, and its stamps, which are the argument 3.
 template <class T>
-struct ExactTable {
+class ExactTable {
+  public:
     const Rows& rows;
     const StateHistory<T> history;
     const Stamps stamps;
@@ -81,49 +82,54 @@ struct ExactTable {
           history(call, of_history),
           stamps{call.numbers<uint32_t>(3, Dtype::kInt32, {rows.count})} {}
 
-    bool is_known(int64_t row) const {
-        return stamps.gap(row, history.now()) < history.entries;
-    }
-
-    static void refuse_unless(bool known) {
-        if (known) return;
-        throw std::invalid_argument(
-            "adamax: the stamps of a table do not belong to its history: its state was "
-            "changed while rows were stale");
-    }
-
-    // Of `count` rows, `row(i)`, which is negative for none.
-    template <class RowOf>
-    void check(int64_t count, const RowOf& row) const {
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t ahead =
-                i + kPrefetchStamps < count ? row(i + kPrefetchStamps) : -1;
-            if (ahead >= 0) stamps.prefetch_row(ahead);
-            if (row(i) >= 0) refuse_unless(is_known(row(i)));
+    ADAMAX_INLINE void prefetch_stamp(const Keys& keys, int64_t i) const {
+        if (i + kPrefetchStamps < keys.count()) {
+            stamps.prefetch_row(keys.row(i + kPrefetchStamps));
         }
     }
 
-    void catch_up_row(int64_t row) const { catch_up<T>(rows, row, stamps, history, 0); }
+    void catch_up_row(int64_t row) {
+        if (is_known(row)) catch_up<T>(rows, row, stamps, history, 0);
+    }
 
     // Copies a row to a place and brings the copy up to date.
-    void look_up(int64_t row, char* to) const {
+    void look_up(int64_t row, char* to) {
         const int64_t* const step = rows.walk.step;
         const char* of_row[3];
         rows.place(row, of_row);
         std::memcpy(to, of_row[0], size_t(rows.row_step[0]));
         const int64_t behind = stamps.gap(row, history.now());
-        if (behind == 0) return;
+        if (behind == 0 || !is_known(row)) return;
         T sums[kMostTerms], m[kBlock], u[kBlock];
         const Gap<T> gap = history.template gap<T>(behind, 0, sums);
         for (int64_t first = 0; first < rows.length(); first += kBlock) {
             const int64_t count = std::min(kBlock, rows.length() - first);
-            std::memcpy(m, of_row[1] + first * step[1], size_t(count) * sizeof(T));
-            std::memcpy(u, of_row[2] + first * step[2], size_t(count) * sizeof(T));
+            std::copy_n(reinterpret_cast<const T*>(of_row[1]) + first, count, m);
+            std::copy_n(reinterpret_cast<const T*>(of_row[2]) + first, count, u);
             const Places places = {to + first * step[0], reinterpret_cast<char*>(m),
                 reinterpret_cast<char*>(u), nullptr};
             catch_up_elements(rows.operands, places, step, count, gap);
         }
     }
+
+    // To be called in the end. What was written is lost then, as results of a failed
+    // program.
+    void require_known() const {
+        if (known_) return;
+        throw std::invalid_argument(
+            "adamax: the stamps of a table do not belong to its history: its state was "
+            "changed while rows were stale");
+    }
+
+  private:
+    // Whether the history goes back to a row's stamp.
+    bool is_known(int64_t row) {
+        const bool known = stamps.gap(row, history.now()) < history.entries;
+        if (!known) known_ = false;
+        return known;
+    }
+
+    std::atomic<bool> known_{true};
 };
 
 inline void exact_step(const Call& call) {
@@ -131,63 +137,56 @@ inline void exact_step(const Call& call) {
     const Keys keys = keys_of(call, 4, rows.count, call[5].shape[0]);
     dispatch(call[0].dtype, [&](auto kind) {
         using T = decltype(kind);
-        const ExactTable<T> table(call, rows, 7);
+        ExactTable<T> table(call, rows, 7);
         const RowScalars<T> scalars(rows, scalars_of(call, 6));
         const int64_t now = table.history.now(), cycle = table.history.entries / 2;
-        const int64_t turn = (rows.count + cycle - 1) / cycle;
-        const int64_t first = std::min((now & (cycle - 1)) * turn, rows.count);
-        const int64_t last = std::min(first + turn, rows.count);
-        table.check(keys.count(), [&](int64_t i) { return keys.row(i); });
-        table.check(last - first, [&](int64_t i) { return first + i; });
         each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
+            table.prefetch_stamp(keys, i);
             table.catch_up_row(keys.row(i));
             update_row(rows, keys, i, end, scalars);
             table.stamps.set(keys.row(i), now + 1);
         });
-        for (int64_t row = first; row < last; ++row) {
+        const int64_t turn = (rows.count + cycle - 1) / cycle;
+        const int64_t first = (now & (cycle - 1)) * turn;
+        for (int64_t row = first; row < std::min(first + turn, rows.count); ++row) {
             if (table.stamps.gap(row, now + 1) != 0) table.catch_up_row(row);
         }
+        table.require_known();
     });
 }
 
 inline void exact_flush(const Call& call) {
     const Rows rows = table_of(call, 0);
     dispatch(call[0].dtype, [&](auto kind) {
-        const ExactTable<decltype(kind)> table(call, rows, 4);
-        std::atomic<bool> known{true};
+        ExactTable<decltype(kind)> table(call, rows, 4);
         in_pieces(call, rows, rows.count, 1, [&](int64_t start, int64_t stop) {
-            for (int64_t row = start; row < stop; ++row) {
-                table.is_known(row) ? table.catch_up_row(row) : known.store(false);
-            }
+            for (int64_t row = start; row < stop; ++row) table.catch_up_row(row);
         });
-        table.refuse_unless(known);
+        table.require_known();
     });
 }
 
 inline void exact_lookup(const Call& call) {
-    const Rows rows = table_of(call, 0);
+    check_state(call, 0);
     const View& result = call.result(0);
-    require(result.ndim == call[0].ndim && result.dtype == call[0].dtype &&
-            result.length(1) == rows.length());
+    const Rows rows = rows_of({&call[0], &call[1], &call[2], &result});
+    require(result.dtype == call[0].dtype);
     const int64_t count = result.shape[0];
-    const auto* indices = call.numbers<int32_t>(4, Dtype::kInt32, {count});
-    auto row = [&](int64_t i) { return indices[i] < rows.count ? indices[i] : -1; };
+    const auto size = size_t(rows.row_step[0]);
+    // In the order of rows, which are read once each.
+    const Keys keys = keys_of(call, 4, rows.count, count);
+    if (keys.count() < count) std::memset(result.data, 0, size_t(count) * size);
     dispatch(call[0].dtype, [&](auto kind) {
-        const ExactTable<decltype(kind)> table(call, rows, 5);
-        table.check(count, row);
-        in_pieces(call, rows, count, 3, [&](int64_t start, int64_t stop) {
-            for (int64_t i = start; i < stop; ++i) {
-                const int64_t ahead =
-                    i + kPrefetchRows < count ? row(i + kPrefetchRows) : -1;
-                if (ahead >= 0) rows.prefetch_row(ahead);
-                char* const to = result.data + i * rows.row_step[0];
-                if (row(i) >= 0) {
-                    table.look_up(row(i), to);
-                } else {
-                    std::memset(to, 0, size_t(rows.row_step[0]));
-                }
-            }
+        ExactTable<decltype(kind)> table(call, rows, 5);
+        each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
+            table.prefetch_stamp(keys, i);
+            auto place = [&](int64_t j) {
+                return result.data + keys.position(j) * rows.row_step[0];
+            };
+            table.look_up(keys.row(i), place(i));
+            for (int64_t j = i + 1; j < end; ++j) std::memcpy(place(j), place(i), size);
         });
+        table.require_known();
     });
 }
 
