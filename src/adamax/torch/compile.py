@@ -10,8 +10,18 @@ from .dispatch import take_step
 from .options import DEFAULTS, Options
 
 
+# Older versions do not infer it from lists of tensors.
+_SCHEMA = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_infs, "
+    "Tensor(d!)[] steps, Tensor lr, float[] betas, float eps, float weight_decay, "
+    "bool decoupled_weight_decay, bool maximize) -> ()"
+)
+
+
 @torch.library.custom_op(
-    "adamax::step_", mutates_args=("params", "exp_avgs", "exp_infs", "steps")
+    "adamax::step_",
+    mutates_args=("params", "exp_avgs", "exp_infs", "steps"),
+    schema=_SCHEMA,
 )
 def step_operator(
     params: list[Tensor],
