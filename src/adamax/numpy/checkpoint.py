@@ -303,19 +303,22 @@ def read_tensors(path: Path) -> Iterator[Mapping[str, ArrayLike]]:
     with file:
         if (file.metadata() or {}) != _FORMAT:
             raise ValueError(f"{str(path)!r} does not hold the state of an optimizer")
-        yield {name: _Entry(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        yield {name: _Entry(file, name) for name in file.keys()}  # noqa: SIM118
 
 
 class _Entry:
     """A tensor in a file, with as much of an array's interface as copying needs."""
 
-    def __init__(self, stored: Any) -> None:
-        self._stored = stored
-        self.shape: tuple[int, ...] = tuple(stored.get_shape())
-        self.dtype: np.dtype[Any] = _DTYPES.get(stored.get_dtype(), _OTHER)
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        self._slices = file.get_slice(name)
+        self.shape: tuple[int, ...] = tuple(self._slices.get_shape())
+        self.dtype: np.dtype[Any] = _DTYPES.get(self._slices.get_dtype(), _OTHER)
 
     def __getitem__(self, key: Any) -> Any:
-        return self._stored[... if key == () else key]
+        if key == ():  # slices of scalars need a newer safetensors
+            return self._file.get_tensor(self._name)
+        return self._slices[key]
 
 
 def _safetensors() -> ModuleType:
