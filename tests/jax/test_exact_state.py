@@ -104,6 +104,21 @@ def test_frozen_dicts_and_dicts_are_alike(frozen):
         assert type(after) is type(params)
 
 
+@pytest.mark.parametrize("sparse", [KINDS, "exact", lambda params: "exact"])
+def test_parameters_that_are_masked_out_may_have_options(sparse):
+    params = {"t": jnp.ones((9, 2)), "w": jnp.ones((3, 1))}
+    g = {"t": of([1], np.zeros((1, 2), np.float32)), "w": jnp.ones((3, 1))}
+    optimizer = exact(0.1, weight_decay=0.5, sparse=sparse, mask={"t": True, "w": False})
+    masked = optax.masked(optimizer, {"t": True, "w": False})
+    labels = {"t": "ours", "w": "theirs"}
+    parts = optax.partition({"ours": optimizer, "theirs": optax.sgd(0.1)}, labels)
+    for whole, change_of_w in ((masked, 1.0), (parts, -0.1)):
+        updates, _ = jax.jit(whole.update)(g, whole.init(params), params)
+        after = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(after["t"][:2], 0.95, rtol=1e-6)
+        np.testing.assert_allclose(after["w"], 1 + change_of_w, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
@@ -188,6 +203,18 @@ def test_moments_are_checked(moment, change):
         ):
             with pytest.raises((TypeError, ValueError), match=message):
                 jax.jit(use)(w, (moments, *others))
+
+
+@pytest.mark.parametrize("count", [jnp.zeros(1, jnp.int32), jnp.float32(3.0)])
+def test_counts_are_checked(count):
+    optimizer, w = exact(optax.linear_schedule(0.1, 0.0, 9), sparse="lazy"), jnp.ones(3)
+    moments, of_rate = optimizer.init(w)
+    for state in (
+        (moments._replace(count=count), of_rate),
+        (moments, of_rate._replace(count=count)),
+    ):
+        with pytest.raises(ValueError, match="count in the state must be an integer"):
+            optimizer.step(w, state, w)
 
 
 @pytest.mark.parametrize("stamp", [-1, 1, 2**30, -(2**31), 4096])

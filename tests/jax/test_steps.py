@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -467,7 +468,8 @@ def test_a_step_without_jit_at_all():
 
 def test_an_optimizer_can_be_copied():
     optimizer = make(0.1)
-    for copied in (copy.copy(optimizer), copy.deepcopy(optimizer)):
+    pickled = pickle.loads(pickle.dumps(optimizer))
+    for copied in (copy.copy(optimizer), copy.deepcopy(optimizer), pickled):
         w = jnp.ones(3)
         w, _ = copied.step(w, copied.init(w), w)
         np.testing.assert_allclose(w, 0.9, rtol=1e-6)

@@ -104,10 +104,6 @@ class CurrentTable(NotAnArray):
 
     # --- Reading -----------------------------------------------------------------------
 
-    @property
-    def decays(self) -> bool:
-        return self.stale.decay is not None
-
     def rows(self, indices: jax.Array) -> jax.Array:
         """The rows at int32 ``indices`` of any shape, up to date; zeros where of none."""
         bind = _lookup_p.bind if self._has_verbs() else _looked_up

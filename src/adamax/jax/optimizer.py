@@ -262,6 +262,12 @@ class Adamax(optax.GradientTransformationExtraArgs):
                 f"flush() makes the first two parts those of any other Adamax, and from "
                 f"such a state (*state, *optimizer.init(params)[2:]) goes on"
             )
+        for count in (state[0].count, getattr(state[1], "count", 0)):
+            dtype, shape = jnp.result_type(count), jnp.shape(count)
+            if shape or not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(
+                    f"count in the state must be an integer, got {dtype} of shape {shape}"
+                )
 
     def _tables(self, each: Leaves, params: PyTree, state: PyTree) -> list[Any]:
         """For each leaf the table, if it is exact, or else None."""

@@ -49,22 +49,22 @@ def for_each_parameter(tree: PyTree, params: PyTree, name: str) -> PyTree:
     """
     leaves = jax.tree.leaves_with_path(tree, is_leaf=is_gradient)
     given: dict[Any, Any] = {_names(path): leaf for path, leaf in leaves}
-    used: set[Any] = set()
 
-    def find(path: Any, _: Any) -> Any:
-        prefixes = (_names(path[:length]) for length in range(len(path) + 1))
-        prefix = next((prefix for prefix in prefixes if prefix in given), None)
-        used.add(prefix)
-        return given.get(prefix)
+    def prefix(path: Any) -> Any:
+        names = _names(path)
+        prefixes = (names[:length] for length in range(len(names) + 1))
+        return next((prefix for prefix in prefixes if prefix in given), None)
 
-    found = jax.tree.map_with_path(find, params, is_leaf=is_gradient)
-    if used != given.keys():
+    # What has been masked out is a node without leaves.
+    ends = jax.tree.leaves_with_path(params, is_leaf=lambda node: not jax.tree.leaves(node))
+    if {prefix(path) for path, _ in ends} != given.keys():
         raise ValueError(
             f"{name} must be a pytree like that of the parameters, or one that ends "
             f"earlier, got {tree} for parameters with the paths "
-            f"{[at(path) for path, _ in jax.tree.leaves_with_path(params)]}"
+            f"{[at(path) for path, _ in ends]}"
         )
-    return found
+    found = lambda path, _: given[prefix(path)]  # noqa: E731
+    return jax.tree.map_with_path(found, params, is_leaf=is_gradient)
 
 
 def _names(path: Any) -> tuple[str, ...]:
