@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -27,7 +28,10 @@ _RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     chosen = {
         part: [c for c in of_part if not options.only or c.name in options.only]
         for part, of_part in PARTS.items()
@@ -84,17 +88,22 @@ def _measure(
                 print(f"{case.name}: {case.title} ...", flush=True)
                 try:
                     result = run(case, process)
-                except (CannotMeasureError, BrokenProcessPool) as error:
-                    failures.append(f"{case.name}: not measured: {error}")
-                    continue
-                except ModuleNotFoundError as error:
-                    remedy = "install the peers (pip install --group frameworks)"
-                    failures.append(f"{case.name}: not measured: {error}; {remedy}")
+                except Exception as error:  # the other cases are measured all the same
+                    failures.append(f"{case.name}: not measured: {_reason(error)}")
                     continue
                 results.append(result)
                 failures += _failures(result, judge=not quick)
                 print(report.measurements(result), "", sep="\n", flush=True)
     return results
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; install the peers (pip install --group frameworks)"
+    if isinstance(error, CannotMeasureError | BrokenProcessPool):
+        return str(error)
+    traceback.print_exception(error)
+    return repr(error)
 
 
 def _failures(result: Result, judge: bool) -> list[str]:

@@ -1,14 +1,22 @@
 """Cases of the NumPy and PyTorch front ends, and what the cases of all parts share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .bars import COLD, most_memory, relative_time, seconds, seconds_more, speed
-from .contestants import NumpyAdamax, NumpyExact, Program, Torch, TorchExact, copy_in_torch
+from .contestants import (
+    NumpyAdamax,
+    NumpyExact,
+    Program,
+    Torch,
+    TorchExact,
+    TorchWithState,
+    copy_in_torch,
+)
 from .contestants_jax import Jax, JaxExact
 from .contestants_keras import TensorFlow
 from .harness import SECONDS_FOR_MEMORY, THREADS, Case, Contestant
@@ -74,7 +82,7 @@ def sparse_peer(work: Sparse, torch: Callable[..., Any] = Torch) -> Contestant:
 
 
 def table_title(ids: str, size: str = "") -> str:
-    title = f"4096 {ids} ids into rows of 64"
+    title = f"4096 {ids.replace('zipf', 'Zipf')} ids into rows of 64"
     return f"{title}, table of {size} rows" if size else title
 
 
@@ -182,10 +190,13 @@ def _growth(part: str, ids: str, huge_pages: bool | None = None) -> Case:
 
 def _memory(part: str) -> Case:
     ours, table = FRONT_ENDS[part], Sparse(ROWS["1e7"])
+    contestant = ours.contestant(table, meter=GROWTH_OF_PEAK)
+    if part == "torch":
+        contestant = replace(contestant, make=TorchWithState)
     return Case(
         f"{part}-memory",
         f"Growth of peak memory, a table of 1e7 rows ({table.table_bytes / 1e6:,.0f} MB)",
-        (ours.contestant(table, meter=GROWTH_OF_PEAK),),
+        (contestant,),
         (most_memory(ours.name, cold=0.01 * table.table_bytes),),
         rounds=100,
         warm_ups=0,  # the first step counts

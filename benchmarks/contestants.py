@@ -109,6 +109,23 @@ class Torch:
         return [parameter.detach().cpu().numpy() for parameter in self._parameters]
 
 
+class TorchWithState(Torch):
+    """Ours with its state from the start, which would otherwise be made in a first step."""
+
+    def __init__(self, work: TableWork) -> None:
+        super().__init__(work, "adamax.torch.Adamax")
+        zeros, checkpoint = self._torch.zeros, self._optimizer.state_dict()
+        checkpoint["state"] = {
+            number: {
+                "step": zeros(()),
+                "exp_avg": zeros(parameter.shape),
+                "exp_inf": zeros(parameter.shape),
+            }
+            for number, parameter in enumerate(self._parameters)
+        }
+        self._optimizer.load_state_dict(checkpoint)
+
+
 def copy_in_torch(array: Array) -> Array:
     """A copy in memory that torch allocates."""
     import torch

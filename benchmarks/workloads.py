@@ -104,9 +104,6 @@ class _DenseStream:
         return np.concatenate([array[::stride] for array in arrays])
 
 
-ROWS = {"1e5": 100_000, "1e6": 1_000_000, "1e7": 10_000_000}  # of tables
-
-
 @dataclass(frozen=True)
 class Sparse:
     """A float32 table and, for each step, a number of ids with one gradient row each.

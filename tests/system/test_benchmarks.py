@@ -216,6 +216,30 @@ def test_results_are_written_and_a_missed_bar_is_the_exit_status(
     assert "| not counted" in page
 
 
+def test_a_case_that_fails_does_not_keep_others_from_being_measured(
+    module, monkeypatch, capsys
+):
+    main, harness = module("__main__"), module("harness")
+    errors = {
+        "missing": ModuleNotFoundError("No module named 'x'"),
+        "impossible": module("meters").CannotMeasureError("no reason"),
+        "broken": TypeError("a fault"),
+    }
+
+    def fail(case, process):
+        raise errors[case.name]
+
+    cases = tuple(harness.Case(name, "A case", ()) for name in errors)
+    monkeypatch.setattr(main, "PARTS", {"part": cases})
+    monkeypatch.setattr(main, "run", fail)
+    assert main.main(["--only", *errors]) == 1
+    shown = capsys.readouterr().err
+    assert "missing: not measured: No module named 'x'; install the peers" in shown
+    assert "impossible: not measured: no reason\n" in shown
+    assert "broken: not measured: TypeError('a fault')\n" in shown
+    assert shown.count("Traceback") == 1
+
+
 def test_the_passes_over_memory_move_what_they_say(module):
     limits, oracle, workloads = (module(n) for n in ("limits", "oracle", "workloads"))
     dense = workloads.Dense(arrays=3, length=70_001)
