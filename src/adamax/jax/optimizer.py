@@ -262,7 +262,8 @@ class Adamax(optax.GradientTransformationExtraArgs):
                 f"flush() makes the first two parts those of any other Adamax, and from "
                 f"such a state (*state, *optimizer.init(params)[2:]) goes on"
             )
-        for count in (state[0].count, getattr(state[1], "count", 0)):
+        parts = state[:2] if callable(self._learning_rate) else state[:1]
+        for count in (part.count for part in parts):
             dtype, shape = jnp.result_type(count), jnp.shape(count)
             if shape or not jnp.issubdtype(dtype, jnp.integer):
                 raise ValueError(
