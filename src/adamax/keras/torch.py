@@ -74,7 +74,8 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def _backend_increment_gradient_accumulators(
         self, grads: Sequence[Any], acc_grads: Sequence[Any]
     ) -> None:
-        torch._foreach_add_([accumulator.value for accumulator in acc_grads], grads)
+        for gradient, accumulator in zip(grads, acc_grads, strict=True):
+            accumulator.value.add_(gradient)
 
 
 def summed(gradient: Any) -> tuple[Any, Callable[[Any], Any]]:
