@@ -91,27 +91,36 @@ def growth(
     title: str,
     contestant: Callable[[Sparse, str], Contestant],
     tables: Mapping[str, Sparse],
-    *others: Contestant,
+    *,
     judged: bool = True,
     huge_pages: bool | None = None,
     kind: type[Case] = Case,
     **more: Any,
 ) -> Case:
-    """How the time of a step grows with the table, and what pages have to do with it.
+    """How the time of a step grows with the table, and what memory has to do with it.
 
     ``contestant`` is given a table and its size in words.
     """
+    on_cpu = kind is Case
     of = {size: contestant(table, f"{size} rows") for size, table in tables.items()}
-    first, *_, last = (c.name for c in of.values())
+    first, *_, last = of
+    limits = (
+        Contestant(f"{LIMIT}, {size} rows", RowsPass, tables[size], MOVE_ROWS)
+        for size in (first, last)
+        if on_cpu
+    )
+    bar = relative_time(of[last].name, (of[first].name,), hot=2.5, cold=2.5)
     pages = {None: "", True: ", huge pages on", False: ", huge pages off"}[huge_pages]
     return kind(
         name + {None: "", True: "-huge-pages", False: "-small-pages"}[huge_pages],
         f"{title}, by size of the table{pages}",
-        (*of.values(), *others),
-        (relative_time(last, (first,), 2.5, 2.5),) if judged else (),
+        (*of.values(), *limits),
+        (bar,) if judged else (),
         settle=SECONDS_FOR_MEMORY,
         huge_pages=huge_pages,
-        **{"count_pages": True, **more},
+        count_pages=on_cpu,
+        note=f"*{LIMIT}* moves the same rows and computes nothing." if on_cpu else "",
+        **more,
     )
 
 
@@ -171,20 +180,13 @@ def _sparse(part: str, ids: str, size: str) -> Case:
 
 def _growth(part: str, ids: str, huge_pages: bool | None = None) -> Case:
     ours = FRONT_ENDS[part]
-    tables = {size: Sparse(rows, ids) for size, rows in ROWS.items()}
-    limits = (
-        Contestant(f"{LIMIT}, {size} rows", RowsPass, tables[size], MOVE_ROWS)
-        for size in ("1e5", "1e7")
-    )
     return growth(
         f"{part}-growth-{ids}",
         table_title(ids),
         lambda table, size: ours.contestant(table, f"{ours.name}, {size}"),
-        tables,
-        *limits,
+        {size: Sparse(rows, ids) for size, rows in ROWS.items()},
         judged=huge_pages is None,
         huge_pages=huge_pages,
-        note=f"*{LIMIT}* moves the same rows and computes nothing.",
     )
 
 

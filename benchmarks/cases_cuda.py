@@ -102,7 +102,6 @@ CASES = (
         lambda table, size: OURS.contestant(table, f"{OURS.name}, {size}"),
         _TABLES,
         kind=CaseOnGpu,
-        count_pages=False,
         steps=3,
     ),
     _memory(),

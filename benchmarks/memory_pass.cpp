@@ -14,7 +14,7 @@ constexpr int64_t kAhead = 8;          // rows
 constexpr int64_t kLine = 16;          // elements in a cache line
 
 void move(float* __restrict w, float* __restrict m, float* __restrict u,
-          const float* __restrict g, int64_t count) {
+    const float* __restrict g, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         u[i] = m[i];
         m[i] = w[i];
@@ -39,19 +39,18 @@ void in_parallel(int threads, int64_t pieces, const Body& body) {
 
 // Arrays of `length` elements, at w[0], w[1], ...
 extern "C" void move_arrays(float* const* w, float* const* m, float* const* u,
-                            const float* const* g, int64_t arrays, int64_t length,
-                            int threads) {
+    const float* const* g, int64_t arrays, int64_t length, int threads) {
     const int64_t pieces = (length + kPiece - 1) / kPiece;
     in_parallel(threads, arrays * pieces, [&](int64_t piece) {
         const int64_t array = piece / pieces, start = piece % pieces * kPiece;
         move(w[array] + start, m[array] + start, u[array] + start, g[array] + start,
-             std::min(kPiece, length - start));
+            std::min(kPiece, length - start));
     });
 }
 
 // The rows of three tables that `ids` names, each once.
 extern "C" void move_rows(float* w, float* m, float* u, const float* g, const int64_t* ids,
-                          int64_t count, int64_t width, int threads) {
+    int64_t count, int64_t width, int threads) {
     in_parallel(threads, (count + kRows - 1) / kRows, [&](int64_t piece) {
         const int64_t stop = std::min((piece + 1) * kRows, count);
         for (int64_t i = piece * kRows; i < stop; ++i) {
