@@ -9,7 +9,6 @@ from .batch import Batch
 from .dispatch import take_step
 from .options import DEFAULTS, Options
 
-
 # Older versions do not infer it from lists of tensors.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_infs, "
