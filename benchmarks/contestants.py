@@ -89,8 +89,14 @@ class Torch:
         self._optimizer = by_name(optimizer)(
             self._parameters, LEARNING_RATE, (BETA_1, BETA_2), EPSILON, **options
         )
+        self._touched = False
 
     def take(self, draw: list[Gradient]) -> None:
+        if self._optimizer.state and not self._touched:  # its memory, as of NumPy's
+            for state in self._optimizer.state.values():
+                for name in set(state) - {"step"}:
+                    state[name].mul_(1)
+            self._touched = True
         for parameter, gradient in zip(self._parameters, draw, strict=True):
             parameter.grad = self._tensor(gradient, parameter.shape)
 
