@@ -5,7 +5,7 @@
 namespace adamax {
 namespace {
 
-constexpr int kScalars = 8;
+constexpr int kScalars = 10;
 
 // A list or tuple, whose items may not change while this exists.
 class Sequence {
@@ -34,38 +34,47 @@ Scalars<double> scalars_at(const double* s) {
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
 }
 
-Parameter parameter_of(const Views& views) {
-    Parameter parameter;
+Rounding rounding_of(double step, int64_t where, bool stochastic) {
+    const uint64_t seed = step >= 0 && step < 0x1p53 ? uint64_t(step) : 0;
+    return {seed + uint64_t(where) * 0x9E3779B97F4A7C15u, stochastic, {}};
+}
+
+// Of m or u, of numbers that the arithmetic is done in.
+bool is_state(Dtype dtype, int operand, Dtype arithmetic) {
+    if (dtype == arithmetic) return true;
+    return arithmetic == Dtype::kFloat32 &&
+           (dtype == Dtype::kBFloat16 ||
+               dtype == (operand == 1 ? Dtype::kInt8 : Dtype::kUInt8));
+}
+
+void place(const Views& views, Parameter* parameter) {
     const View* each[kOperands];
     bool flat = true;
     for (int k = 0; k < kOperands; ++k) {
         each[k] = &views[k];
         flat = flat && views[k].is_contiguous();
-        parameter.operands[k] = Operand::of(views[k]);
+        parameter->operands[k] = Operand::of(views[k]);
     }
     int64_t offset[kOperands] = {};
     if (flat) {
-        parameter.walk.build_flat(each, views[0].length());
+        parameter->walk.build_flat(each, views[0].length());
     } else {
-        parameter.walk.build(each, 0, offset);
+        parameter->walk.build(each, 0, offset);
     }
-    for (int k = 0; k < kOperands; ++k) parameter.base[k] = views[k].data + offset[k];
-    return parameter;
+    for (int k = 0; k < kOperands; ++k) parameter->base[k] = views[k].data + offset[k];
 }
 
-Rows rows_of(const Views& views) {
-    Rows rows;
-    rows.count = views[0].shape[0];
+void place(const Views& views, Rows* rows) {
+    rows->count = views[0].shape[0];
     const View* each[kOperands];
     int64_t offset[kOperands] = {};
     for (int k = 0; k < kOperands; ++k) {
         each[k] = &views[k];
-        rows.operands[k] = Operand::of(views[k]);
-        rows.row_step[k] = views[k].strides[0] * views[k].unit;
+        rows->operands[k] = Operand::of(views[k]);
+        rows->row_step[k] = views[k].strides[0] * views[k].unit;
     }
-    rows.walk.build(each, 1, offset);
-    for (int k = 0; k < kOperands; ++k) rows.base[k] = views[k].data + offset[k];
-    return rows;
+    rows->walk.build(each, 1, offset);
+    for (int k = 0; k < kOperands; ++k) rows->base[k] = views[k].data + offset[k];
 }
 
 struct Range {
@@ -108,15 +117,35 @@ bool Plan::check_operands(const Views& views) {
     const View& w = views[0];
     for (int k = 0; k < kOperands; ++k) {
         const View& view = views[k];
-        if (!is_float(view.dtype)) return unfit(k);
-        const bool is_state = k == 1 || k == 2;
-        if (is_state && view.dtype != arithmetic_of(w.dtype)) return unfit(k);
+        const bool of_state = k == 1 || k == 2;
+        if (of_state ? !is_state(view.dtype, k, arithmetic_of(w.dtype))
+                     : !is_float(view.dtype)) {
+            return unfit(k);
+        }
+        if (k == 2 && itemsize(view.dtype) != itemsize(views[1].dtype)) return unfit(k);
         if (k == 3) break;  // whose shape is compared by the caller
         if (!view.writeable || !same_shape(view, w)) return unfit(k);
         if (!view.is_contiguous() && view.may_overlap_itself()) return unfit(k);
         if (k > 0 && view.data == w.data && w.length() > 0) return unfit(k);
     }
     return views[1].data != views[2].data || w.length() == 0 || unfit(2);
+}
+
+bool Plan::read_frames(
+    PyObject* object, const Views& views, int64_t count, float** frames) {
+    constexpr int kFrame = 6;
+    const bool needed = views[1].dtype == Dtype::kInt8;
+    *frames = nullptr;
+    if (object == Py_None) return !needed || unfit(kFrame);
+    View view;
+    if (!read(object, kFrame, &view)) return false;
+    if (!needed || view.dtype != Dtype::kFloat32 || view.ndim != 1 || view.complex ||
+        view.swapped || !view.writeable || view.shape[0] != count ||
+        !view.is_contiguous() || !view.is_aligned()) {
+        return unfit(kFrame);
+    }
+    *frames = reinterpret_cast<float*>(view.data);
+    return true;
 }
 
 bool Plan::read_column(PyObject* column, int operand, std::vector<Views>* views) {
@@ -133,7 +162,8 @@ bool Plan::read_column(PyObject* column, int operand, std::vector<Views>* views)
     return true;
 }
 
-bool Plan::add_parameters(PyObject* const columns[kOperands], PyObject* scalars) {
+bool Plan::add_parameters(
+    PyObject* const columns[kOperands], PyObject* scalars, PyObject* frames) {
     // Column by column: what is next to each other is of one type.
     for (int k = 0; k < kOperands; ++k) {
         if (!read_column(columns[k], k, &of_parameters_)) return false;
@@ -149,12 +179,38 @@ bool Plan::add_parameters(PyObject* const columns[kOperands], PyObject* scalars)
     if (!read_numbers(scalars, Dtype::kFloat64, 2, &view)) return false;
     if (view.shape[1] != kScalars ||
         (view.shape[0] != 1 && size_t(view.shape[0]) != count)) {
-        return error(PyExc_ValueError, "scalars must have the shape (n, 8) or (1, 8)");
+        return error(PyExc_ValueError, "scalars must have the shape (n, 10) or (1, 10)");
     }
     const auto* numbers = reinterpret_cast<const double*>(view.data);
     for (size_t i = 0; i < count; ++i) {
-        const size_t row = view.shape[0] == 1 ? 0 : i;
-        step.parameters[i].scalars = scalars_at(numbers + row * kScalars);
+        const double* row = numbers + (view.shape[0] == 1 ? 0 : i) * kScalars;
+        step.parameters[i].scalars = scalars_at(row);
+        step.parameters[i].rounding = rounding_of(row[8], int64_t(i), row[9] != 0);
+    }
+    if (frames == Py_None) {
+        for (size_t i = 0; i < count; ++i) {
+            where_ = int64_t(i);
+            float* none;
+            if (!read_frames(Py_None, of_parameters_[i], 1, &none)) return false;
+        }
+        return true;
+    }
+    const Sequence of_frames(frames);
+    if (!of_frames) return false;
+    if (size_t(of_frames.size()) != count) {
+        return error(PyExc_ValueError, "frames must have the length of w");
+    }
+    for (size_t i = 0; i < count; ++i) {
+        where_ = int64_t(i);
+        Parameter& parameter = step.parameters[i];
+        if (!read_frames(
+                of_frames[Py_ssize_t(i)], of_parameters_[i], 1, &parameter.frame)) {
+            return false;
+        }
+        if (parameter.frame) {
+            parameter.rounding.frame =
+                Frame::after_decay(*parameter.frame, parameter.scalars.beta_2);
+        }
     }
     return true;
 }
@@ -167,13 +223,14 @@ bool Plan::add_tables(PyObject* tables) {
         where_ = int64_t(of_parameters_.size()) + i;
         const Sequence table(items[i]);
         if (!table) return false;
-        if (table.size() != 7) return error(PyExc_ValueError, "a table has 7 parts");
+        if (table.size() != 8) return error(PyExc_ValueError, "a table has 8 parts");
         if (!add_table(table.items())) return false;
     }
     return true;
 }
 
-// Items are w, m, u, indices, values, scalars, and None or the parts of exact updates.
+// Items are w, m, u, indices, values, scalars, frames or None, and the parts of exact
+// updates or None.
 bool Plan::add_table(PyObject* const* items) {
     Views views;
     for (int k = 0; k < 3; ++k) {
@@ -192,17 +249,20 @@ bool Plan::add_table(PyObject* const* items) {
     if (table.keys.count() != values.shape[0]) return unfit(3);
     View scalars;
     if (!read_numbers(items[5], Dtype::kFloat64, 1, &scalars)) return false;
-    if (scalars.shape[0] != kScalars) return error(PyExc_ValueError, "scalars must be 8");
-    table.scalars = scalars_at(reinterpret_cast<const double*>(scalars.data));
+    if (scalars.shape[0] != kScalars) return error(PyExc_ValueError, "scalars must be 10");
+    const auto* numbers = reinterpret_cast<const double*>(scalars.data);
+    table.scalars = scalars_at(numbers);
+    table.rows.rounding = rounding_of(numbers[8], where_, numbers[9] != 0);
+    if (!read_frames(items[6], views, w.shape[0], &table.rows.frames)) return false;
     of_tables_.push_back(views);
-    if (items[6] == Py_None) return true;
+    if (items[7] == Py_None) return true;
 
-    const Sequence exact(items[6]);
+    const Sequence exact(items[7]);
     if (!exact) return false;
     if (exact.size() != 7) return error(PyExc_ValueError, "exact updates have 7 parts");
     table.exact = true;
     return read_stamps(exact[0], w.shape[0], &table.stamps) &&
-           read_history(items[6], 1, &table.history, &table.recorded) &&
+           read_history(items[7], 1, &table.history, &table.recorded) &&
            check_stamps(table.keys, table.stamps, table.history, true);
 }
 
@@ -253,12 +313,11 @@ bool Plan::finish() {
         }
     }
     for (size_t i = 0; i < of_parameters_.size(); ++i) {
-        const Scalars<double> scalars = step.parameters[i].scalars;
-        step.parameters[i] = parameter_of(of_parameters_[i]);
-        step.parameters[i].scalars = scalars;
+        place(of_parameters_[i], &step.parameters[i]);
     }
-    for (size_t i = 0; i < of_tables_.size(); ++i)
-        step.tables[i].rows = rows_of(of_tables_[i]);
+    for (size_t i = 0; i < of_tables_.size(); ++i) {
+        place(of_tables_[i], &step.tables[i].rows);
+    }
     if (step.clips()) {
         for (const Views& each : of_parameters_) step.gradients.emplace_back(each[3]);
         for (size_t i = 0; i < of_tables_.size(); ++i) {
@@ -295,17 +354,29 @@ void Plan::copy(View* view) {
     view->unit = 1;
 }
 
-bool Plan::read_table(PyObject* const objects[3], Rows* rows) {
+// Items are w, m, u, frames, stamps, history, epsilon, seed and stochastic.
+bool Plan::read_table(PyObject* object, StaleTable* table) {
+    const Sequence items(object);
+    if (!items) return false;
+    if (items.size() != 9) return error(PyExc_ValueError, "a stale table has 9 parts");
+    table->epsilon = PyFloat_AsDouble(items[6]);
+    const double seed = PyFloat_AsDouble(items[7]);
+    const int stochastic = PyObject_IsTrue(items[8]);
+    if (PyErr_Occurred()) return false;
     Views views;
     for (int k = 0; k < 3; ++k) {
-        if (!read(objects[k], k, &views[size_t(k)])) return false;
+        if (!read(items[k], k, &views[size_t(k)])) return false;
     }
     views[3] = views[0];
     if (!check_operands(views)) return false;
     if (views[0].ndim == 0) return unfit(0);
-    *rows = rows_of(views);
-    rows->row_step[3] = 0;
-    return true;
+    Rows& rows = table->rows;
+    place(views, &rows);
+    rows.row_step[3] = 0;
+    rows.rounding = rounding_of(seed, 0, stochastic);
+    return read_frames(items[3], views, rows.count, &rows.frames) &&
+           read_stamps(items[4], rows.count, &table->stamps) &&
+           read_history(items[5], 0, &table->history, nullptr);
 }
 
 bool Plan::read_values(PyObject* object, View* view) {

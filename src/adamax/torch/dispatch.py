@@ -9,13 +9,23 @@ import torch
 from torch import Tensor
 
 from . import _compat, cuda, device, operations
-from .batch import FLOATS, PLAIN_TENSORS, Batch, Called, Scaling, Work, by_shape
+from .batch import (
+    FLOATS,
+    PLAIN_TENSORS,
+    Batch,
+    Called,
+    Scaling,
+    Work,
+    by_shape,
+    check_operands,
+    described,
+)
 from .cuda_exact import ExactLaunch
 from .device import triton_serves
 from .exact import Tables, part_of_step
 from .native import Call
 from .options import Options, check_count
-from .sparse import sparse_rows
+from .sparse import every_row, sparse_rows
 
 _IS_SPARSE, _IS_CPU, _DTYPE = map(attrgetter, ("is_sparse", "is_cpu", "dtype"))
 _NO_SCALING = Scaling()
@@ -63,6 +73,11 @@ def take_step(
             batch = _local(batch)
             _check_leaves(batch, options)
             for way, part in _ways(batch, options):
+                if way != "native" and options.needs_native:
+                    raise RuntimeError(
+                        f"state_dtype={options.state_dtype!r} and stochastic_rounding need "
+                        f"strided parameters on the CPU, got {described(part.params[0])}"
+                    )
                 if way == "native":
                     work += _add_to(call, part, options, scaling, called)
                 elif way == "triton":
@@ -85,7 +100,13 @@ def _is_simple(batch: Batch, options: Options) -> bool:
         and _are_plain(batch.params)
         # To be refused by DLPack takes a sparse tensor more than a millisecond.
         and not any(map(_IS_SPARSE, batch.grads))
+        and not any(map(_has_rows, batch.frames or ()))
     )
+
+
+def _has_rows(frame: Tensor | None) -> bool:
+    """Whether 8-bit state is of rows, which only the verbs for rows can update."""
+    return frame is not None and frame.numel() != 1
 
 
 def _add_to(
@@ -93,6 +114,12 @@ def _add_to(
 ) -> list[Work]:
     """Have a call of the native core step parameters; returns what it cannot do."""
     dense, sparse = batch.by_layout()
+    if dense.frames is not None:
+        parts = dense.split(list(map(_has_rows, dense.frames)))
+        dense = parts.get(False, Batch([], [], [], [], []))
+        for one in parts[True].singles() if True in parts else ():
+            check_operands(one, called)
+            call.add_rows(one, options, every_row(one.grads[0]))
     call.add(dense, options)
     work: list[Work] = []
     for one in sparse.singles():
@@ -184,4 +211,4 @@ def _local(batch: Batch) -> Batch:
         [part(tensor, param) for tensor, param in zip(column, batch.params, strict=True)]
         for column in batch.lists()[:4]
     )
-    return Batch(params, grads, exp_avgs, exp_infs, batch.steps)
+    return Batch(params, grads, exp_avgs, exp_infs, batch.steps, batch.frames)

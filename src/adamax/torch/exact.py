@@ -22,8 +22,9 @@ from .batch import FLOATS, PLAIN_TENSORS, Batch, by_shape, check_state, describe
 from .cuda_exact import RowsOnDevice, WithState
 from .device import triton_serves
 from .native import LOOKUP
-from .options import NAMES, Options, state_dtype
-from .sparse import SparseRows
+from .options import NAMES, Options, kind_of, state_dtype, stored_dtype
+from .sparse import SparseRows, frame_of_rows
+from .state import is_compact
 
 _INDICES = 5  # in OPERANDS of the verbs
 
@@ -38,6 +39,7 @@ class Table:
         on_device: the same where the stamps are on a device.
         kind: of the parameter in the last step.
         state: of the parameter in the last step.
+        stochastic: whether a parameter of bfloat16 is rounded by random bits.
         renorms: whether a module may write to the parameter before it reads.
         version: of the parameter when it was last written to here, where anybody else who
             writes replaces it: in ``join()``, at whose end DistributedDataParallel does.
@@ -51,6 +53,7 @@ class Table:
         self.kind: tuple[Any, ...] = ()
         self.state: dict[str, Any] = {}
         self.renorms = False
+        self.stochastic = False
         self.version: int | None = None
 
     @property
@@ -155,10 +158,7 @@ class Tables:
         self, tensors: WithState, stale: StaleRows, ids: Tensor, name: str
     ) -> int:
         result = kernels().catch_up_rows(
-            *tensors,
-            stale.stamps,
-            stale.history.arrays,
-            stale.epsilon,
+            self._of_catching_up(tensors, stale),
             ids.detach().reshape(-1).cpu(),
             torch.get_num_threads(),
         )
@@ -195,15 +195,11 @@ class Tables:
                 if table.on_device is not None:
                     table.on_device.catch_up(tensors, range(start, stop))
                     return
-                threads = torch.get_num_threads()
                 result = kernels().catch_up_range(
-                    *tensors,
-                    stale.stamps,
-                    stale.history.arrays,
-                    stale.epsilon,
+                    self._of_catching_up(tensors, stale),
                     start,
                     stop,
-                    threads,
+                    torch.get_num_threads(),
                 )
                 if problem := problem_of(result):
                     raise_problem(problem, self.called(param), LOOKUP)
@@ -229,6 +225,18 @@ class Tables:
                 f"replaces parameters: call flush() at the end of the block"
             )
         return param, state["exp_avg"], state["exp_inf"]
+
+    def _of_catching_up(self, tensors: WithState, stale: StaleRows) -> tuple[Any, ...]:
+        """A table as the verbs that catch up rows take it."""
+        table = self._tables[tensors[0]]
+        frame = table.state.get("frame")
+        if frame is not None:
+            frame = frame_of_rows(frame, stale.rows)
+        seed = 0.0
+        if table.stochastic or is_compact(table.state):
+            seed = float(table.state["step"])
+        of_stale = stale.stamps, stale.history.arrays, stale.epsilon
+        return *tensors, frame, *of_stale, seed, table.stochastic
 
     def _wrote(self, param: Tensor, table: Table) -> None:
         increment_version(param)
@@ -272,7 +280,7 @@ class Tables:
         (param,), (grad,) = one.params, one.grads
         name = self.called(param)
         on_device = triton_serves([param])
-        self._check_tensors(one, on_device, name)
+        self._check_tensors(one, options, on_device, name)
         if grad.sparse_dim() != 1:
             raise ValueError(
                 f"sparse='exact' needs gradients that are sparse in the rows alone, got "
@@ -290,30 +298,37 @@ class Tables:
             _start(param, table, options.hyperparameters, on_device)
         optimizer = self._optimizer()
         assert optimizer is not None
-        table.state = optimizer.state[param]
+        table.state, table.stochastic = optimizer.state[param], options.stochastic
         h = options.hyperparameters
         decay = rule.decay_factor(options.rate, options.decay)
         table.stale.check_settings(h.beta_1, h.beta_2, h.epsilon, decay, name)
         return table, functools.partial(self.flush, param)
 
-    def _check_tensors(self, one: Batch, on_device: bool, name: str) -> None:
+    def _check_tensors(
+        self, one: Batch, options: Options, on_device: bool, name: str
+    ) -> None:
         """Raise unless the kernels can step a table where it and its state lie."""
         (param,), _, (exp_avg,), (exp_inf,), _ = one.lists()
         check_state(param, exp_avg, exp_inf, self.called)
         plain = all(type(t) in PLAIN_TENSORS for t in (param, exp_avg, exp_inf))
-        wanted = state_dtype(param.dtype)
+        wanted = [
+            stored_dtype(param.dtype, kind_of(exp_avg), of_state)
+            for of_state in ("exp_avg", "exp_inf")
+        ]
         fits = (
-            cuda.in_place(one)
+            cuda.in_place(one) and not options.needs_native
             if on_device
             else plain
             and param.dtype in FLOATS
             and param.is_cpu
-            and all(s.is_cpu and s.dtype is wanted for s in (exp_avg, exp_inf))
+            and exp_avg.is_cpu
+            and exp_inf.is_cpu
+            and [exp_avg.dtype, exp_inf.dtype] == wanted
         )
         if not fits:
             raise RuntimeError(
                 f"sparse='exact' needs a table on the CPU or, with Triton installed, a "
-                f"contiguous one on an NVIDIA GPU, and state of {wanted} beside it, got "
+                f"contiguous one on an NVIDIA GPU, and state of {wanted[0]} beside it, got "
                 f"{name}, a {described(param)}"
             )
 

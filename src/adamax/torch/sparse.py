@@ -81,6 +81,18 @@ def index_error(position: object, sizes: Sequence[int], index: object) -> IndexE
     return IndexError(f"indices[{position}] must be in {inside}, got {index}")
 
 
+def every_row(gradient: Tensor) -> SparseRows:
+    """A dense gradient as one of all rows."""
+    return SparseRows(torch.arange(len(gradient))[None], gradient, (len(gradient),))
+
+
+def frame_of_rows(frame: Tensor, rows: int) -> Tensor:
+    """The frame of 8-bit state, which gets one number for each row."""
+    if frame.numel() != rows:
+        frame.data = frame.detach().expand(rows).clone()
+    return frame
+
+
 def sparse_rows(param: Tensor, gradient: Tensor, called: Called) -> SparseRows:
     """The rows of a gradient.
 
