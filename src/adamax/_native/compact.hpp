@@ -36,9 +36,11 @@ constexpr float kMomentCodes = 127 / 1.25f;  // for one norm
 
 // 2**(code / 4 - 40) and 2**(40 - code / 4).
 inline float power_of(int32_t code) {
-    const int32_t low = code & 1 ? 0x1837F0 : 0, high = code & 1 ? 0x5744FD : 0x3504F3;
+    // Masks rather than conditions, which GCC would make branches of.
+    const int32_t odd = -(code & 1), upper = -(code >> 1 & 1);
+    const int32_t low = odd & 0x1837F0, high = 0x3504F3 + (odd & (0x5744FD - 0x3504F3));
     const int32_t exponent = (code >> 2) + (127 - kSmallestPower);
-    return bit_cast<float>((exponent << 23) | (code & 2 ? high : low));
+    return bit_cast<float>((exponent << 23) | (low + (upper & (high - low))));
 }
 inline float inverse_power_of(int32_t code) { return power_of(8 * kSmallestPower - code); }
 
@@ -47,9 +49,9 @@ inline void decode(const int8_t* __restrict m_codes, const uint8_t* __restrict u
     const float of_u = float(1 / factor), of_m = 1 / kMomentCodes;
     for (int64_t i = 0; i < length; ++i) {
         const int32_t code = u_codes[i];
-        float norm = power_of(code) * of_u;
-        norm = code == 0 ? 0 : norm;
-        norm = code == kNotFinite ? bit_cast<float>(0x7FC00000) : norm;
+        const int32_t bits = bit_cast<int32_t>(power_of(code) * of_u) & -int32_t(code > 0);
+        const int32_t nan = -int32_t(code == kNotFinite) & 0x7FC00000;
+        const float norm = bit_cast<float>(bits | nan);
         u[i] = norm;
         m[i] = float(m_codes[i]) * of_m * norm;
     }
@@ -75,11 +77,9 @@ inline void encode(const float* __restrict m, const float* __restrict u,
         // What is truncated is positive, so this rounds down.
         int32_t rounded = int32_t(level + float(int32_t(random)) * 0x1p-16f + 128) - 128;
         rounded = rounded > 127 ? 127 : rounded;
-        m_codes[i] = int8_t(code == 0 ? 0 : rounded);
-        constexpr int32_t kExponent = 0x7F800000;
-        const bool finite = (bit_cast<int32_t>(u[i]) & kExponent) != kExponent &&
-                            (bit_cast<int32_t>(m[i]) & kExponent) != kExponent;
-        u_codes[i] = uint8_t(finite ? code : kNotFinite);
+        m_codes[i] = int8_t(rounded & -int32_t(code > 0));
+        const float zero = (m[i] - m[i]) + (u[i] - u[i]);
+        u_codes[i] = uint8_t(zero == 0 ? code : kNotFinite);
     }
 }
 
