@@ -102,14 +102,15 @@ def test_registers_are_enough(compiled):
     ],
 )
 def test_dense_steps_move_16_bytes_at_once(compiled, stored, loads, stores):
-    for one in of(compiled, "_dense_step", STORED=stored):
+    number = "fp64" if stored == "fp64" else "fp32"
+    for one in of(compiled, "_dense_step", STORED=stored, MOMENT=number):
         for instruction, count in (loads | stores).items():
             found = instructions(one, re.escape(instruction))
             assert len(found) == count, (instruction, one["capability"])
 
 
 def test_rows_are_moved_16_bytes_at_once(compiled):
-    for one in of(compiled, "_rows_step", w="*fp32"):
+    for one in of(compiled, "_rows_step", w="*fp32", m="*fp32"):
         assert len(instructions(one, r"st\.global\.v4\.b32")) == 3
         assert not instructions(one, r"st\.global\.b32")
 
