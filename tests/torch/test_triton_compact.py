@@ -423,3 +423,35 @@ def test_a_broken_frame_changes_nothing(rng, frame, message, sparse):
         optimizer.step()
     assert_same_tensor(w.detach(), before)
     assert optimizer.state[w]["step"] == step
+
+
+# --- sparse="exact" -----------------------------------------------------------------------
+
+
+def exact_run(start_of, gradients, turns=(), **options):
+    """Steps on rows that are read before; ``turns`` are steps after which all are flushed."""
+    w = torch.nn.Parameter(start_of.clone())
+    optimizer = Adamax([w], lr=0.05, sparse="exact", **options)
+    for step, gradient in enumerate(gradients):
+        optimizer.catch_up(w, gradient._indices()[0])
+        take_steps(optimizer, [[gradient]])
+        if step in turns:
+            optimizer.flush()
+    optimizer.flush()
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [3, 600])
+@pytest.mark.parametrize("kind", ["float32", *KINDS])
+def test_exact_mode_does_as_on_the_cpu(rng, monkeypatch, kind, width, dtype):
+    numbers = draw(rng, (12, width), dtype)
+    gradients = [rows(rng, numbers.shape, dtype, count=3) for _ in range(9)]
+    options = {"state_dtype": kind, "stochastic_rounding": True, "turns": (3, 6)}
+    ours = exact_run(numbers, gradients, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "DEVICE", device.Device())
+        on_cpu = exact_run(numbers, gradients, **options)
+    for name, wanted in contents(on_cpu).items():
+        actual = contents(ours)[name]
+        assert_close(actual, wanted, name, name.endswith("step"))
