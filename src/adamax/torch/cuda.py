@@ -158,12 +158,6 @@ def prepare(
     for one in (*of_rows, *sparse.singles()):
         if in_place(one):
             work.append(prepare_rows(one, options, scaling, called, positions))
-        elif options.needs_kernels or one.exp_avgs[0].dtype is torch.int8:
-            raise RuntimeError(
-                f"compact state and stochastic_rounding need contiguous tables for "
-                f"gradients of rows on a GPU, and contiguous state beside them, got "
-                f"{called(one.params[0])}, a {described(one.params[0])}"
-            )
         elif not scaling.skips:  # it is rare enough to wait for the device
             scale = scaling.number
             work += operations.prepare(one, options, scale, called, foreach=False)
@@ -273,7 +267,7 @@ class _DenseLaunch:
             places = np.array([positions, frames], np.int64).T
         parts = rows.ravel(), owners, places.ravel()
         uploaded = uploads.tensor(key, np.concatenate(parts), on)
-        of_table, of_owners, of_places = uploaded.split([part.size for part in parts])
+        of_table, of_owners, of_places = torch.split(uploaded, [p.size for p in parts])
         # Parameters that share memory are updated one after the other, as in torch.
         bounds = [(0, int(first[-1]))] if apart else pairwise(first.tolist())
         return cls(

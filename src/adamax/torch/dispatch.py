@@ -83,9 +83,7 @@ def take_step(
                 if way == "native":
                     work += _add_to(call, part, options, scaling, called)
                 elif way == "triton":
-                    work += cuda.prepare(
-                        part, options, scaling, called, uploads, positions
-                    )
+                    work += cuda.prepare(part, options, scaling, called, uploads, positions)
                 else:
                     foreach, scale = way == "foreach", scaling.number
                     work += operations.prepare(

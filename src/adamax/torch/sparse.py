@@ -88,8 +88,11 @@ def every_row(gradient: Tensor) -> SparseRows:
 
 
 def by_frames(dense: Batch) -> tuple[Batch, list[Batch]]:
-    """Parameters with dense gradients, without those whose 8-bit state has a frame for
-    each row; and those, which only the kernels for rows can update, one by one."""
+    """Parameters with dense gradients: those with one frame or none, and the others.
+
+    Where 8-bit state has a frame for each row, only the kernels for rows can update it, one
+    parameter after the other.
+    """
     if dense.frames is None or not any(map(has_rows, dense.frames)):
         return dense, []
     parts = dense.split(list(map(has_rows, dense.frames)))

@@ -36,8 +36,8 @@ COUNTERS = 128  # that one program advances
 # the length, and the first program that works on it.
 COLUMNS = ("W", "M", "U", "STEP", "G", "LENGTH", "FIRST")
 _W, _M, _U, _STEP, _G, _LENGTH, _FIRST = map(tl.constexpr, range(7))
-# The columns of scalars, in the order of adamax._core.rule.Scalar; then, for compact state,
-# the seed of random bits, an integer of 64 bits, and three scales: what norms that were read
+# The columns of scalars, in the order of adamax._core.rule.Scalar. Then, for compact state,
+# the seed of random bits, an integer of 64 bits, and three scales: what norms that are read
 # are multiplied by, and norms and moments that are written.
 SCALARS = 12  # columns, of which the last is empty
 _WIDTH = tl.constexpr(SCALARS)

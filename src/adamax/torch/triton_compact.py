@@ -96,9 +96,7 @@ def load_state(m, u, mask, scale, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def store_state(
-    m, u, moment, norm, mask, of_u, of_m, seed, first, BLOCK: tl.constexpr
-):
+def store_state(m, u, moment, norm, mask, of_u, of_m, seed, first, BLOCK: tl.constexpr):
     """The other way round; ``of_u`` and ``of_m`` are the other scales."""
     if m.dtype.element_ty == tl.int8:
         random = random_bits(seed, first, 1, BLOCK)
