@@ -95,6 +95,7 @@ def launches():
             compact = {"state_dtype": kind, "stochastic_rounding": True}
             take_step(dtype, everything | compact, scaled)
             take_exact_steps(dtype, compact)
+    take_exact_steps(torch.float32, {"state_dtype": "8bit"}, width=512)
     return list(recorded.sources.values())
 
 
@@ -109,9 +110,9 @@ def take_step(dtype, options=(), attributes=()):
     optimizer.step()
 
 
-def take_exact_steps(dtype, options=()):
-    table = torch.zeros((1000, 128), dtype=dtype, requires_grad=True)
-    ids, values = torch.zeros(300, dtype=torch.int64), torch.zeros(300, 128, dtype=dtype)
+def take_exact_steps(dtype, options=(), width=128):
+    table = torch.zeros((1000, width), dtype=dtype, requires_grad=True)
+    ids, values = torch.zeros(300, dtype=torch.int64), torch.zeros(300, width, dtype=dtype)
     optimizer = Adamax([table], sparse="exact", **dict(options))
     for _ in range(2):
         optimizer.catch_up(table, ids)

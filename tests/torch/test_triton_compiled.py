@@ -65,6 +65,14 @@ def test_kernels_for_exact_mode_compile(compiled, stored):
     of(compiled, "_catch_up", NUMBER=stored, ids="None")
 
 
+def test_a_row_is_stamped_after_all_warps_have_read_its_stamp(compiled):
+    for one in of(compiled, "_catch_up", BLOCK="512"):
+        stores = list(re.finditer(r"st\.global\.b32", one["ptx"]))
+        assert len(instructions(one, r"bar\.sync")) == 1
+        # The last two stores: of the stamp and of the frame.
+        assert stores[-3].start() < one["ptx"].index("bar.sync") < stores[-2].start()
+
+
 @pytest.mark.parametrize("kernel", ["_sum_chunks", "_stamp_rows"])
 def test_the_other_kernels_compile(compiled, kernel):
     of(compiled, kernel)

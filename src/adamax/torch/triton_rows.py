@@ -428,7 +428,6 @@ def _catch_up(
             frame = tl.load(frames + row)
             after = frame_after(frame, tl.log2(of_u.to(tl.float64)) * -4.0)
             scale, scale_u, scale_m = scales_of(frame, after)
-            tl.store(frames + row, after)
         of_row = sums + since % ENTRIES * TERMS
         for start in range(0, row_length, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -465,7 +464,11 @@ def _catch_up(
                 number,
                 BLOCK,
             )
+        # One thread stores what every warp has read for itself, perhaps not yet.
+        tl.debug_barrier()
         tl.store(stamps + row, now)
+        if frames is not None:
+            tl.store(frames + row, after)
 
 
 @triton.jit
