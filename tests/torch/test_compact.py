@@ -254,6 +254,32 @@ def test_arguments_are_checked():
         optimizer.state_dict(state_dtype="8bit")
 
 
+@pytest.mark.parametrize("chosen", [{"state_dtype": kind} for kind in KINDS])
+def test_rows_that_do_not_lie_in_their_order_are_refused(chosen):
+    param = torch.nn.Parameter(torch.ones(2, 3, 5).transpose(0, 1))
+    optimizer = Adamax([param], **chosen)
+    param.grad = torch.ones(3, 2, 5)
+    optimizer.step()
+    before = contents(optimizer)
+    param.grad = rows_of(torch.ones(2, 5), torch.tensor([[0, 2], [1, 0]]), (3, 2, 5))
+    with pytest.raises(RuntimeError, match=r"^compact state .* rows lie in their order"):
+        optimizer.step()
+    assert_same_contents(contents(optimizer), before)
+
+
+@pytest.mark.parametrize("excluded", [{"foreach": True}, {"fused": False}])
+def test_state_that_is_compact_is_refused_where_kernels_are_excluded(excluded):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = Adamax([param], state_dtype="8bit")
+    param.grad = torch.ones(3)
+    optimizer.step()
+    before = contents(optimizer)
+    optimizer.param_groups[0].update({"state_dtype": "float32", **excluded})
+    with pytest.raises(RuntimeError, match=r"^compact state .* need the compiled kernels"):
+        optimizer.step()
+    assert_same_contents(contents(optimizer), before)
+
+
 def test_a_device_without_the_kernels_raises_and_changes_nothing():
     param = torch.nn.Parameter(torch.ones(3, device="meta"))
     optimizer = Adamax([param], state_dtype="8bit")

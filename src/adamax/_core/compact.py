@@ -158,7 +158,7 @@ def decode(
         frame: before the step; of a shape that can be broadcast.
 
     >>> m, u = decode(np.int8([100]), np.uint8([160]), np.float32([0]))
-    >>> float(m[0].round(4)), float(u[0])
+    >>> round(float(m[0]), 4), float(u[0])
     (0.9843, 1.0)
     """
     codes = u_codes.astype(np.int32)

@@ -19,7 +19,7 @@ from .._core.rule import Hyperparameters, Scalar
 from .._core.stale import StaleRows, TableLock, raise_problem, raise_stale
 from . import _compat, cuda
 from .batch import FLOATS, PLAIN_TENSORS, Batch, by_shape, check_state, described
-from .cuda_exact import RowsOnDevice, WithState
+from .cuda_exact import RowsOnDevice, TableOnDevice, WithState
 from .device import triton_serves
 from .native import LOOKUP
 from .options import NAMES, Options, kind_of, state_dtype, stored_dtype
@@ -150,7 +150,7 @@ class Tables:
             if ids.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
             if table.on_device is not None:
-                table.on_device.catch_up_ids(tensors, ids)
+                table.on_device.catch_up_ids(_on_device(tensors, table), ids)
             elif self._catch_up_rows(tensors, table.stale, ids, name):
                 self._wrote(param, table)
 
@@ -193,7 +193,8 @@ class Tables:
 
             def catch_up(start: int, stop: int) -> None:
                 if table.on_device is not None:
-                    table.on_device.catch_up(tensors, range(start, stop))
+                    rows = range(start, stop)
+                    table.on_device.catch_up(_on_device(tensors, table), rows)
                     return
                 result = kernels().catch_up_range(
                     self._of_catching_up(tensors, stale),
@@ -232,9 +233,7 @@ class Tables:
         frame = table.state.get("frame")
         if frame is not None:
             frame = frame_of_rows(frame, stale.rows)
-        seed = 0.0
-        if table.stochastic or is_compact(table.state):
-            seed = float(table.state["step"])
+        seed = float(table.state["step"]) if _is_rounded(table) else 0.0
         of_stale = stale.stamps, stale.history.arrays, stale.epsilon
         return *tensors, frame, *of_stale, seed, table.stochastic
 
@@ -280,7 +279,7 @@ class Tables:
         (param,), (grad,) = one.params, one.grads
         name = self.called(param)
         on_device = triton_serves([param])
-        self._check_tensors(one, options, on_device, name)
+        self._check_tensors(one, on_device, name)
         if grad.sparse_dim() != 1:
             raise ValueError(
                 f"sparse='exact' needs gradients that are sparse in the rows alone, got "
@@ -304,9 +303,7 @@ class Tables:
         table.stale.check_settings(h.beta_1, h.beta_2, h.epsilon, decay, name)
         return table, functools.partial(self.flush, param)
 
-    def _check_tensors(
-        self, one: Batch, options: Options, on_device: bool, name: str
-    ) -> None:
+    def _check_tensors(self, one: Batch, on_device: bool, name: str) -> None:
         """Raise unless the kernels can step a table where it and its state lie."""
         (param,), _, (exp_avg,), (exp_inf,), _ = one.lists()
         check_state(param, exp_avg, exp_inf, self.called)
@@ -316,7 +313,7 @@ class Tables:
             for of_state in ("exp_avg", "exp_inf")
         ]
         fits = (
-            cuda.in_place(one) and not options.needs_native
+            cuda.in_place(one)
             if on_device
             else plain
             and param.dtype in FLOATS
@@ -358,6 +355,19 @@ class Tables:
             tensors = self._with_state(param, table)
             self._catch_up_rows(tensors, stale, rows.flat(), self.called(param))
             self._wrote(param, table)
+
+
+def _is_rounded(table: Table) -> bool:
+    """Whether stale rows are rounded by random bits."""
+    return table.stochastic or is_compact(table.state)
+
+
+def _on_device(tensors: WithState, table: Table) -> TableOnDevice:
+    """A table as the kernels that catch up rows take it."""
+    state, step = table.state, 0.0
+    if _is_rounded(table) and table.on_device is not None:
+        step = table.on_device.count(state["step"])
+    return TableOnDevice.of(tensors, state.get("frame"), step, 0, table.stochastic)
 
 
 def _kind(param: Tensor) -> tuple[Any, ...]:

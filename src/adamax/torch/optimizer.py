@@ -93,14 +93,15 @@ class Adamax(Optimizer):
             GPU: call :meth:`attach` with the model, and :meth:`flush` before anything else
             reads a whole table. It excludes ``foreach``, ``fused=False``,
             ``differentiable``, ``capturable`` and L2 penalties.
-        state_dtype: how ``exp_avg`` and ``exp_inf`` are stored, for parameters on the CPU
-            of at most 32 bits. ``"float32"`` takes 8 bytes for each parameter. ``"8bit"``
-            takes 2, and 4 more for each row of a table with sparse gradients: ``exp_inf``
-            is stored in quarters of an octave from 1e-12 to 1e7, smaller ones as 0.
-            ``"bfloat16"`` takes 4. See docs/compact.md.
-        stochastic_rounding: round bfloat16 parameters on the CPU up or down by random bits,
-            so that moves of less than half a unit in the last place count on average. The
-            bits are the same in each run. Like compact state it excludes ``foreach``,
+        state_dtype: how ``exp_avg`` and ``exp_inf`` are stored, for parameters of at most
+            32 bits that the compiled kernels serve, on the CPU and, where Triton is
+            installed, on NVIDIA GPUs. ``"float32"`` takes 8 bytes for each parameter.
+            ``"8bit"`` takes 2, and 4 more for each row of a table with sparse gradients:
+            ``exp_inf`` is stored in quarters of an octave from 1e-12 to 1e7, smaller ones
+            as 0. ``"bfloat16"`` takes 4. See docs/compact.md.
+        stochastic_rounding: round bfloat16 parameters up or down by random bits, so that
+            moves of less than half a unit in the last place count on average. The bits are
+            the same in each run. Like compact state it excludes ``foreach``,
             ``fused=False``, ``differentiable`` and ``capturable``.
 
     If neither ``foreach`` nor ``fused`` is given, each parameter takes the fastest path

@@ -119,8 +119,8 @@ class Options:
         )
 
     @property
-    def needs_native(self) -> bool:
-        """Whether only the kernels for the CPU will do."""
+    def needs_kernels(self) -> bool:
+        """Whether only the compiled kernels will do."""
         return self.state_dtype != "float32" or self.stochastic
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _compat
-from .batch import Called
+from .batch import Batch, Called
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,25 @@ def index_error(position: object, sizes: Sequence[int], index: object) -> IndexE
 
 def every_row(gradient: Tensor) -> SparseRows:
     """A dense gradient as one of all rows."""
-    return SparseRows(torch.arange(len(gradient))[None], gradient, (len(gradient),))
+    rows = torch.arange(len(gradient), device=gradient.device)
+    return SparseRows(rows[None], gradient, (len(gradient),))
+
+
+def by_frames(dense: Batch) -> tuple[Batch, list[Batch]]:
+    """Parameters with dense gradients: those with one frame or none, and the others.
+
+    Where 8-bit state has a frame for each row, only the kernels for rows can update it, one
+    parameter after the other.
+    """
+    if dense.frames is None or not any(map(has_rows, dense.frames)):
+        return dense, []
+    parts = dense.split(list(map(has_rows, dense.frames)))
+    return parts.get(False, Batch([], [], [], [], [])), parts[True].singles()
+
+
+def has_rows(frame: Tensor | None) -> bool:
+    """Whether 8-bit state is of rows."""
+    return frame is not None and frame.numel() != 1
 
 
 def frame_of_rows(frame: Tensor, rows: int) -> Tensor:

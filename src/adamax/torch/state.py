@@ -28,7 +28,7 @@ def state_of(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         "exp_inf": new_state(param, "exp_inf", kind),
     }
     if kind == "8bit":
-        state["frame"] = torch.zeros(1, dtype=torch.float32)
+        state["frame"] = torch.zeros(1, dtype=torch.float32, device=param.device)
     return state
 
 
@@ -173,7 +173,7 @@ def converted(param: Tensor, given: Mapping[str, Any], kind: str) -> dict[str, T
             tensor.copy_(values)
     if kind == "8bit":
         assert frame is not None
-        stored["frame"] = frame.detach().to("cpu", torch.float32, copy=True)
+        stored["frame"] = frame.detach().to(param.device, torch.float32, copy=True)
     return stored
 
 
