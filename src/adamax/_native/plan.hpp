@@ -61,6 +61,7 @@ class Plan {
     bool read_history(PyObject* history, int offset, History* to, Recorded* recorded);
     bool read_column(PyObject* column, int operand, std::vector<Views>* views);
     bool check_operands(const Views& views);
+    bool add_frames(PyObject* frames);
     bool read_frames(PyObject* object, const Views& views, int64_t count, float** frames);
     bool add_table(PyObject* const* items);
     void copy(View* view);
