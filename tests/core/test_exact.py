@@ -100,8 +100,8 @@ def record(history, *settings, all_current=False):
 def catch_up(verbs, w, m, u, behind, history, threads=2):
     """All rows, in place."""
     stamps = (history.steps - behind).astype(np.uint32)
-    given = w, m, u, stamps, history.arrays, EPSILON, 0, len(w), threads
-    assert verbs.catch_up_range(*given) == np.count_nonzero(behind)
+    given = w, m, u, None, stamps, history.arrays, EPSILON, 0, False
+    assert verbs.catch_up_range(given, 0, len(w), threads) == np.count_nonzero(behind)
     assert (stamps == np.uint32(history.steps % 2**32)).all()
 
 
@@ -305,17 +305,17 @@ def test_native_verbs_are_the_reference(rng, dtype, betas, length, threads, epsi
     for implementation in IMPLEMENTATIONS:
         w, m, u = (array.copy() for array in start)
         stamps = before.copy()
-        given = w, m, u, stamps, history.arrays, epsilon
+        given = w, m, u, None, stamps, history.arrays, epsilon, 0, False
         with Using(implementation) as verbs:
-            count = verbs.catch_up_rows(*given, ids, threads)
+            count = verbs.catch_up_rows(given, ids, threads)
             assert count == np.count_nonzero(behind[np.unique(ids)])
             assert (stamps[ids] == now % 2**32).all()
             untouched = np.setdiff1d(np.arange(rows), ids)
             assert (stamps[untouched] == before[untouched]).all()
             for array, other in zip((w, m, u), start, strict=True):
                 assert_same_bits(array[untouched], other[untouched])
-            assert verbs.catch_up_rows(*given, ids, threads) == 0
-            verbs.catch_up_range(*given, 5, rows - 5, threads)
+            assert verbs.catch_up_rows(given, ids, threads) == 0
+            verbs.catch_up_range(given, 5, rows - 5, threads)
         assert (stamps[5:-5] == now % 2**32).all()
         beside = np.setdiff1d([0, 1, 2, 3, 4, rows - 1], ids)
         assert (stamps[beside] == before[beside]).all()
@@ -345,7 +345,8 @@ def test_steps_stamp_commit_and_catch_up_rows_in_their_turn(rng, tmp_path, dtype
             for step in range(400):
                 ids = np.unique(generator.integers(rows, size=20))
                 g = values(generator, (len(ids), length), dtype)
-                verbs.catch_up_rows(w, m, u, stamps, history.arrays, EPSILON, ids, 2)
+                given = w, m, u, None, stamps, history.arrays, EPSILON, 0, False
+                verbs.catch_up_rows(given, ids, 2)
                 recorded = history.recorded(1e-3, 0.99, *betas, all_current=step == 0)
                 part = (
                     w,
@@ -354,10 +355,13 @@ def test_steps_stamp_commit_and_catch_up_rows_in_their_turn(rng, tmp_path, dtype
                     ids,
                     g,
                     scalars(1e-3, 0.99),
+                    None,
                     (stamps, *history.arrays, *recorded),
                 )
-                none = np.zeros((1, 8))
-                assert verbs.step((), (), (), (), none, [part], (), INF, INF, 2) is None
+                none = scalars()[None]
+                assert (
+                    verbs.step((), (), (), (), none, None, [part], (), INF, INF, 2) is None
+                )
                 assert history.steps == step + 1
                 assert (stamps[ids] == step + 1).all()
                 assert (history.steps - stamps).max() <= history.entries // 2
@@ -386,10 +390,10 @@ def test_a_gradient_of_a_stale_row_is_a_problem_and_changes_nothing(implementati
     before = [x.copy() for x in (*tables, stamps, *history.arrays, dense)]
     recorded = history.recorded(1e-3, 1.0, 0.9, 0.999, all_current=False)
     ids, g = np.array([1, 4, 5]), np.ones((3, 2), np.float32)
-    part = (*tables, ids, g, scalars(), (stamps, *history.arrays, *recorded))
+    part = (*tables, ids, g, scalars(), None, (stamps, *history.arrays, *recorded))
     with Using(implementation) as verbs:
         columns = [[array] for array in dense]
-        given = *columns, scalars()[None], [part], (), INF, INF, 1
+        given = *columns, scalars()[None], None, [part], (), INF, INF, 1
         assert verbs.step(*given) == ("stale", 1, 4, 0)
         stamps[4] = 4  # ahead of the history
         kind = verbs.step(*given)[0]
@@ -408,13 +412,13 @@ def test_a_stamp_that_the_history_does_not_have_is_a_problem(implementation, wro
     stamps[2] = np.uint32(wrong % 2**32)
     before = tables.copy()
     with Using(implementation) as verbs:
-        given = *tables, stamps, history.arrays, EPSILON
-        assert verbs.catch_up_rows(*given, np.array([1, 2]), 1) == ("history", 0, 2, 0)
-        assert verbs.catch_up_range(*given, 0, 6, 1) == ("history", 0, 2, 0)
+        given = *tables, None, stamps, history.arrays, EPSILON, 0, False
+        assert verbs.catch_up_rows(given, np.array([1, 2]), 1) == ("history", 0, 2, 0)
+        assert verbs.catch_up_range(given, 0, 6, 1) == ("history", 0, 2, 0)
         assert_same_bits(tables[:, 2], before[:, 2])
-        too_short = *tables, stamps[:5].copy(), history.arrays, EPSILON
-        assert verbs.catch_up_rows(*too_short, np.array([1]), 1) == ("history", 0, -1, 0)
-        assert verbs.catch_up_range(*too_short, 0, 6, 1) == ("history", 0, -1, 0)
+        too_short = *tables, None, stamps[:5].copy(), history.arrays, EPSILON, 0, False
+        assert verbs.catch_up_rows(too_short, np.array([1]), 1) == ("history", 0, -1, 0)
+        assert verbs.catch_up_range(too_short, 0, 6, 1) == ("history", 0, -1, 0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -423,7 +427,7 @@ def test_no_rows_are_no_work(implementation):
     stamps[:] = 0
     none = np.zeros(0, np.int64)
     with Using(implementation) as verbs:
-        given = *tables, stamps, history.arrays, EPSILON
-        assert verbs.catch_up_rows(*given, none, 2) == 0
-        assert verbs.catch_up_range(*given, 3, 3, 2) == 0
+        given = *tables, None, stamps, history.arrays, EPSILON, 0, False
+        assert verbs.catch_up_rows(given, none, 2) == 0
+        assert verbs.catch_up_range(given, 3, 3, 2) == 0
     assert not stamps.any()

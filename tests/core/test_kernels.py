@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import oracle
 from adamax._core import reference
 from adamax._core.kernels import OPERANDS, state_dtype
+from adamax._core.rule import Scalar
 from adamax._core.threads import get_num_threads
 from cases import DTYPES, LARGE_TABLE, PATTERNS, PRECISION, values
 from compare import assert_same_bits, assert_step_close, bits
@@ -141,7 +142,7 @@ def test_many_arrays_in_one_call_are_the_reference(data, several):
     rng = np.random.default_rng(len(several))
     actual = [arrays(rng, dtype, (size,)) for size, dtype in several]
     expected = [one.copy() for one in actual]
-    each = np.array([data.draw(drawn_scalars) for _ in several]).reshape(-1, 8)
+    each = np.array([data.draw(drawn_scalars) for _ in several]).reshape(-1, len(Scalar))
     with Using(data.draw(isas)) as verbs:
         dense_step(verbs, actual, each)
     dense_step(reference, expected, each)
@@ -354,8 +355,8 @@ def test_gradients_are_clipped_by_their_norms(verbs, rng, dtype, sizes, limits):
     table, indices = arrays(rng, dtype, (50, 5), (60, 5)), rng.integers(50, size=60)
     several_expected, table_expected = [a.copy() for a in several], table.copy()
     columns = [[getattr(a, name) for a in several] for name in "wmug"]
-    part = (table.w, table.m, table.u, indices, table.g, scalars(), None)
-    assert verbs.step(*columns, scalars()[None], [part], (), *limits, 2) is None
+    part = (table.w, table.m, table.u, indices, table.g, scalars(), None, None)
+    assert verbs.step(*columns, scalars()[None], None, [part], (), *limits, 2) is None
 
     norms = [norm(reference, a.g) for a in several_expected]
     norms.append(reference.norm(indices, table_expected.g, 50, 1))
@@ -412,9 +413,9 @@ def test_rows_of_tables_of_many_sizes(native, rng, rows, index_dtype):
     distinct, place = np.unique(indices, return_inverse=True)
     w, m, u = (np.zeros((rows, 1), np.float32) for _ in range(3))
     small = Arrays(*(np.zeros((distinct.size, 1), np.float32),) * 3, gradient)
-    part = (w, m, u, indices, gradient, scalars(), None)
-    none = np.zeros((1, 8))
-    assert native.step((), (), (), (), none, [part], (), INF, INF, 1) is None
+    part = (w, m, u, indices, gradient, scalars(), None, None)
+    none = scalars()[None]
+    assert native.step((), (), (), (), none, None, [part], (), INF, INF, 1) is None
     rows_step(reference, small, place)
     for array, expected in ((w, small.w), (m, small.m), (u, small.u)):
         assert_same_bits(array[distinct], expected)
@@ -669,12 +670,12 @@ def test_a_gradient_may_overlap_what_is_written(native, rng, sparse, name, shift
         others[name] = own
         one = [others["w"], others["m"], others["u"]]
         if sparse:
-            part = (*one, np.arange(40)[::-1].copy(), g, scalars(), None)
-            none = np.zeros((1, 8))
-            assert native.step((), (), (), (), none, [part], (), INF, INF, 2) is None
+            part = (*one, np.arange(40)[::-1].copy(), g, scalars(), None, None)
+            none = scalars()[None]
+            assert native.step((), (), (), (), none, None, [part], (), INF, INF, 2) is None
         else:
             columns = [[x] for x in (*one, g)]
-            assert native.step(*columns, scalars()[None], (), (), INF, INF, 2) is None
+            assert native.step(*columns, scalars()[None], None, (), (), INF, INF, 2) is None
         overlapping[kind] = [np.array(x) for x in one]
     for one, other in zip(overlapping["overlapping"], overlapping["apart"], strict=True):
         assert_same_bits(one, other)
@@ -687,10 +688,10 @@ def test_parameters_that_share_memory_are_updated_one_after_the_other(native, rn
     g = values(rng, (200_000,), "float32")
     views = [room[:200_000], room[100_000:]]
     columns = [views, state[:2], state[2:4], [g, g]]
-    assert native.step(*columns, scalars()[None], (), (), INF, INF, 2) is None
+    assert native.step(*columns, scalars()[None], None, (), (), INF, INF, 2) is None
     for i, view in enumerate((expected[:200_000], expected[100_000:])):
         one = [[view], [state[4 + i]], [state[6 + i]], [g]]
-        assert native.step(*one, scalars()[None], (), (), INF, INF, 1) is None
+        assert native.step(*one, scalars()[None], None, (), (), INF, INF, 1) is None
     assert_same_bits(room, expected)
 
 
@@ -728,9 +729,11 @@ def test_what_does_not_fit_is_a_problem_and_changes_nothing(verbs, rng, kind, sp
     name, value = _unfit(bad)[kind]
     setattr(bad, name, value)
     if sparse:
-        parts = [(a.w, a.m, a.u, np.arange(6), a.g, scalars(), None) for a in (good, bad)]
-        none = np.zeros((1, 8))
-        problem = verbs.step((), (), (), (), none, parts, (), INF, INF, 1)
+        parts = [
+            (a.w, a.m, a.u, np.arange(6), a.g, scalars(), None, None) for a in (good, bad)
+        ]
+        none = scalars()[None]
+        problem = verbs.step((), (), (), (), none, None, parts, (), INF, INF, 1)
     else:
         problem = dense_problem(verbs, [good, bad], scalars())
     assert problem == ("unfit", 1, "wmug".index(name), 0)
@@ -750,18 +753,27 @@ def test_what_does_not_fit_is_a_problem_and_changes_nothing(verbs, rng, kind, sp
 def test_rows_that_do_not_fit_are_a_problem(verbs, rng, values_, indices, operand):
     table = arrays(rng, "float32", (6, 4))
     before = table.copy()
-    part = (table.w, table.m, table.u, np.array(indices), values_, scalars(), None)
-    none = np.zeros((1, 8))
-    problem = verbs.step((), (), (), (), none, [part], (), INF, INF, 1)
+    part = (table.w, table.m, table.u, np.array(indices), values_, scalars(), None, None)
+    none = scalars()[None]
+    problem = verbs.step((), (), (), (), none, None, [part], (), INF, INF, 1)
     assert problem == ("unfit", 0, OPERANDS.index(operand), 0)
     table.assert_same(before)
 
 
 def test_a_scalar_parameter_has_no_rows(verbs):
     w, m, u = np.zeros((3, 1), np.float32)
-    part = (w[0, ...], m[0, ...], u[0, ...], np.array([0]), np.zeros(1), scalars(), None)
-    none = np.zeros((1, 8))
-    problem = verbs.step((), (), (), (), none, [part], (), INF, INF, 1)
+    part = (
+        w[0, ...],
+        m[0, ...],
+        u[0, ...],
+        np.array([0]),
+        np.zeros(1),
+        scalars(),
+        None,
+        None,
+    )
+    none = scalars()[None]
+    problem = verbs.step((), (), (), (), none, None, [part], (), INF, INF, 1)
     assert problem[:3] == ("unfit", 0, 0)
 
 
@@ -772,8 +784,8 @@ def test_a_scalar_parameter_has_no_rows(verbs):
 def test_counters_are_read_and_advanced(verbs, dtype):
     counters = [np.array(3, dtype), np.array([7], dtype)]
     assert verbs.counts(counters) == [3.0, 7.0]
-    none = np.zeros((1, 8))
-    assert verbs.step((), (), (), (), none, (), counters, INF, INF, 1) is None
+    none = scalars()[None]
+    assert verbs.step((), (), (), (), none, None, (), counters, INF, INF, 1) is None
     assert verbs.counts(counters) == [4.0, 8.0]
 
 
@@ -782,7 +794,7 @@ def test_counters_that_do_not_fit_are_a_problem(verbs, rng, bad):
     dense, counter = arrays(rng, "float32", (6,)), np.zeros(())
     before = dense.copy()
     columns = [[getattr(dense, name)] for name in "wmug"]
-    problem = verbs.step(*columns, scalars()[None], (), [counter, bad], INF, INF, 1)
+    problem = verbs.step(*columns, scalars()[None], None, (), [counter, bad], INF, INF, 1)
     assert problem == ("unfit", 1, OPERANDS.index("step"), 0)
     assert verbs.counts([bad])[0] == "unfit"
     dense.assert_same(before)

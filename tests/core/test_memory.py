@@ -82,10 +82,10 @@ def test_gradients_are_read_first_and_parameters_updated_one_after_the_other(pie
         state = [np.zeros(len(x), np.float32) for x in (*w, *w)]
         columns.append([w, state[: len(w)], state[len(w) :], g])
     with Using(NATIVE[0]) as verbs:
-        assert verbs.step(*columns[0], scalars()[None], (), (), INF, INF, 2) is None
+        assert verbs.step(*columns[0], scalars()[None], None, (), (), INF, INF, 2) is None
         w, m, u, g = columns[1]
         g = [gradient.copy() for gradient in g]
         for one in zip(w, m, u, g, strict=True):
             each = [[array] for array in one]
-            assert verbs.step(*each, scalars()[None], (), (), INF, INF, 1) is None
+            assert verbs.step(*each, scalars()[None], None, (), (), INF, INF, 1) is None
     assert_same_bits(*rooms)

@@ -268,7 +268,7 @@ def test_clip_factor_does_not_hide_nan():
 
 def test_scalars_are_in_their_columns():
     hyperparameters = Hyperparameters(beta_1=0.75, beta_2=0.5, epsilon=0.25)
-    scalars = scalars_of(hyperparameters, 0.125, 0.875, 3.0, 4.0)
+    scalars = scalars_of(hyperparameters, 0.125, 0.875, 3.0, 4.0, 7, True)
     expected = {
         Scalar.STEP_SIZE: 0.125,
         Scalar.DECAY: 0.875,
@@ -278,6 +278,8 @@ def test_scalars_are_in_their_columns():
         Scalar.BETA_2: 0.5,
         Scalar.EPSILON: 0.25,
         Scalar.CLIPVALUE: math.inf,
+        Scalar.SEED: 7.0,
+        Scalar.STOCHASTIC: 1.0,
     }
     assert dict(zip(Scalar, scalars.tolist(), strict=True)) == expected
     clipped = dataclasses.replace(hyperparameters, clipvalue=2)

@@ -167,6 +167,8 @@ DEFAULTS = {
     "clipvalue": None,
     "global_clipnorm": None,
     "sparse": "lazy",
+    "state_dtype": "float32",
+    "stochastic_rounding": False,
 }
 
 
@@ -178,7 +180,8 @@ def test_the_defaults():
     assert Adamax().get_config() == DEFAULTS
     assert repr(Adamax()) == (
         "Adamax(name='Adamax', learning_rate=0.001, beta_1=0.9, beta_2=0.999, "
-        "epsilon=1e-07, weight_decay=0.0, sparse='lazy')"
+        "epsilon=1e-07, weight_decay=0.0, sparse='lazy', state_dtype='float32', "
+        "stochastic_rounding=False)"
     )
 
 

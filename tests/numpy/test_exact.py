@@ -236,7 +236,11 @@ def test_a_lookup_writes_to_the_rows_that_are_read_and_no_others(rng):
 def contents_stale(optimizer, table):
     """What state_dict() would catch up first."""
     parameter, *_ = optimizer._parameters
-    return {"w": table.copy(), "m": parameter.m.copy(), "u": parameter.u.copy()}
+    return {
+        "w": table.copy(),
+        "m": parameter.state["m"].copy(),
+        "u": parameter.state["u"].copy(),
+    }
 
 
 @pytest.mark.parametrize(

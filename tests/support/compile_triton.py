@@ -32,6 +32,8 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -88,6 +90,12 @@ def launches():
     take_step(torch.float32)
     for dtype in (torch.float32, torch.float64):
         take_exact_steps(dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("bfloat16", "8bit"):
+            compact = {"state_dtype": kind, "stochastic_rounding": True}
+            take_step(dtype, everything | compact, scaled)
+            take_exact_steps(dtype, compact)
+    take_exact_steps(torch.float32, {"state_dtype": "8bit"}, width=512)
     return list(recorded.sources.values())
 
 
@@ -102,10 +110,10 @@ def take_step(dtype, options=(), attributes=()):
     optimizer.step()
 
 
-def take_exact_steps(dtype):
-    table = torch.zeros((1000, 128), dtype=dtype, requires_grad=True)
-    ids, values = torch.zeros(300, dtype=torch.int64), torch.zeros(300, 128, dtype=dtype)
-    optimizer = Adamax([table], sparse="exact")
+def take_exact_steps(dtype, options=(), width=128):
+    table = torch.zeros((1000, width), dtype=dtype, requires_grad=True)
+    ids, values = torch.zeros(300, dtype=torch.int64), torch.zeros(300, width, dtype=dtype)
+    optimizer = Adamax([table], sparse="exact", **dict(options))
     for _ in range(2):
         optimizer.catch_up(table, ids)
         table.grad = rows_of(values, ids, table.shape)

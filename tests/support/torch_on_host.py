@@ -15,6 +15,7 @@ import pytest
 from frameworks import framework
 from torch_cases import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from adamax.torch import device  # isort: skip  (not without torch)
 
 
@@ -68,3 +69,14 @@ def host(monkeypatch):
     monkeypatch.setattr(device, "DEVICE", of_cpu)
     with np.errstate(all="ignore"):  # NumPy does the arithmetic, and NaN is no accident
         yield of_cpu
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a number is read, or where a shape depends on numbers."""
+
+    _READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "item")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not any(name.startswith(read) for read in self._READS), name
+        return function(*args, **kwargs or {})

@@ -121,7 +121,7 @@ def arrays(
 def dense_problem(verbs: Any, several: Any, scalars_: Any, threads: int = 1) -> Any:
     columns = [[getattr(a, name) for a in several] for name in "wmug"]
     rows = np.atleast_2d(scalars_)
-    return verbs.step(*columns, rows, (), (), INF, INF, threads)
+    return verbs.step(*columns, rows, None, (), (), INF, INF, threads)
 
 
 def dense_step(verbs: Any, several: Any, scalars_: Any = None, threads: int = 1) -> None:
@@ -130,9 +130,9 @@ def dense_step(verbs: Any, several: Any, scalars_: Any = None, threads: int = 1)
 
 
 def rows_problem(verbs: Any, table: Any, indices: Any, scalars_: Any, threads: int) -> Any:
-    part = (table.w, table.m, table.u, indices, table.g, scalars_, None)
-    none = np.zeros((1, 8))
-    return verbs.step((), (), (), (), none, [part], (), INF, INF, threads)
+    part = (table.w, table.m, table.u, indices, table.g, scalars_, None, None)
+    none = np.zeros((1, len(Scalar)))
+    return verbs.step((), (), (), (), none, None, [part], (), INF, INF, threads)
 
 
 def rows_step(

@@ -35,7 +35,13 @@ def test_the_signature_is_torchs_and_more():
         assert (ours[name].default, ours[name].kind) == (argument.default, argument.kind)
     assert list(ours)[: len(theirs)] == list(theirs)
     more = {name: ours[name].default for name in ours if name not in theirs}
-    assert more == {"fused": None, "decoupled_weight_decay": False, "sparse": "lazy"}
+    assert more == {
+        "fused": None,
+        "decoupled_weight_decay": False,
+        "sparse": "lazy",
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
+    }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in more)
 
 
@@ -54,6 +60,8 @@ def test_groups_hold_the_arguments(rng):
         "fused": None,
         "decoupled_weight_decay": False,
         "sparse": "lazy",
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     }
 
 

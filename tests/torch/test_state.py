@@ -120,7 +120,13 @@ def test_a_state_dict_is_that_of_torch(rng):
     their_state = take_steps(theirs, dense).state_dict()
     assert list(our_state) == list(their_state)
     [our_group], [their_group] = our_state["param_groups"], their_state["param_groups"]
-    more = {"fused": None, "decoupled_weight_decay": False, "sparse": "lazy"}
+    more = {
+        "fused": None,
+        "decoupled_weight_decay": False,
+        "sparse": "lazy",
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
+    }
     assert our_group == {**their_group, **more}
     torch.testing.assert_close(our_state["state"], their_state["state"])
 

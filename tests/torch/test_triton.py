@@ -26,7 +26,7 @@ from torch_cases import (
     torch,
     touched,
 )
-from torch_on_host import Host, host  # noqa: F401  (a fixture)
+from torch_on_host import Host, NothingIsRead, host  # noqa: F401  (a fixture)
 
 from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 from torch.utils._pytree import tree_leaves  # isort: skip
@@ -244,7 +244,7 @@ def test_the_step_size_is_exact_to_float64(kernels, beta_1):
     table = torch.zeros(len(t), len(kernels.COLUMNS), dtype=torch.int64)
     at = kernels.COLUMNS.index("STEP")
     table[:, at] = torch.tensor([step.data_ptr() for step in steps])
-    scalars = torch.full((len(t), 8), math.nan, dtype=torch.float64)
+    scalars = torch.full((len(t), kernels.SCALARS), math.nan, dtype=torch.float64)
     group = {**DEFAULTS, "lr": 0.1, "betas": (beta_1, 0.25), "eps": 0.125}
     group |= {"weight_decay": 0.5, "maximize": True}
     of_step = cuda.OfStep.on(
@@ -259,7 +259,7 @@ def test_the_step_size_is_exact_to_float64(kernels, beta_1):
         for count in t
     ]
     np.testing.assert_allclose(scalars[:, :7], np.array(exact)[:, :7], rtol=1e-15)
-    one = torch.full((1, 8), math.nan, dtype=torch.float64)
+    one = torch.full((1, kernels.SCALARS), math.nan, dtype=torch.float64)
     counter = torch.tensor(4.0)
     kernels.advance(None, counter, one, *arguments)
     assert counter == 5
@@ -288,17 +288,6 @@ def test_steps_are_counted_in_either_dtype(rng, default):
 
 
 # --- Nothing is waited for ----------------------------------------------------------------
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Fails where a number is read, or where a shape depends on numbers."""
-
-    _READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "item")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert not any(name.startswith(read) for read in self._READS), name
-        return function(*args, **kwargs or {})
 
 
 def everything(rng, **options):

@@ -7,9 +7,10 @@ Verbs take NumPy arrays and PyTorch tensors on the CPU, and read where they lie 
 that uses them. Arrays may have any layout, alignment and byte order; contiguous ones are
 fast. ``w``, ``m`` and ``u`` have one shape and are written in place. ``w`` is float32,
 float64, float16 or bfloat16 (or complex of the first two, as pairs of numbers); ``m`` and
-``u`` are float64 where ``w`` is and float32 elsewhere, and so is the arithmetic. A gradient
-is a float of any of these widths. It is never written; where it overlaps what is written,
-it is copied first.
+``u`` are float64 where ``w`` is and float32 elsewhere, and so is the arithmetic. Compact
+state, where they would be float32, is bfloat16, or int8 and uint8 with a float32 frame: see
+``compact.py``. A gradient is a float of any of these widths. It is never written; where it
+overlaps what is written, it is copied first.
 
 A verb checks everything before it writes anything. Where it cannot do the work, it writes
 nothing and returns a :class:`Problem`. No interrupt arrives during a verb of the native
@@ -30,7 +31,7 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
 # Operands by which a problem with an argument is named.
-OPERANDS = ("parameter", "exp_avg", "exp_inf", "gradient", "step", "indices")
+OPERANDS = ("parameter", "exp_avg", "exp_inf", "gradient", "step", "indices", "frame")
 
 
 class Problem(NamedTuple):
@@ -63,6 +64,7 @@ class Verbs(Protocol):
         u: Sequence[Any],
         g: Sequence[Any],
         scalars: Float64Array,
+        frames: Sequence[Any] | None,
         tables: Sequence[tuple[Any, ...]],
         counters: Sequence[Any],
         clipnorm: float,
@@ -77,11 +79,14 @@ class Verbs(Protocol):
             m: their first moments.
             u: their norms.
             g: their gradients.
-            scalars: ``(n, 8)``, in the order of :class:`~.rule.Scalar`, or ``(1, 8)`` for
+            scalars: ``(n, 10)``, in the order of :class:`~.rule.Scalar`, or ``(1, 10)`` for
                 all parameters.
-            tables: ``(w, m, u, indices, values, scalars, exact)`` for each table with a
-                sparse gradient. ``values`` has one row for each of the int32 or int64
-                ``indices``; ``scalars`` is ``(8,)``. ``exact`` is None, or what
+            frames: of 8-bit state, ``(1,)`` each, and None for other parameters; None if
+                there is no 8-bit state.
+            tables: ``(w, m, u, indices, values, scalars, frames, exact)`` for each table
+                with a sparse gradient. ``values`` has one row for each of the int32 or
+                int64 ``indices``; ``scalars`` is ``(10,)``; ``frames`` of 8-bit state is
+                ``(rows,)``, else None. ``exact`` is None, or what
                 :meth:`StaleRows.part <adamax._core.stale.StaleRows.part>` returns: then
                 the rows at ``indices`` must be up to date; they are stamped, some stale
                 rows are caught up in their turn, and the history is committed.
@@ -99,27 +104,16 @@ class Verbs(Protocol):
     def norm(self, indices: Any, values: Any, rows: int, threads: int, /) -> Any:
         """The L2 norm of a sparse gradient, its repeated indices summed, or a problem."""
 
-    def catch_up_rows(
-        self,
-        w: Any,
-        m: Any,
-        u: Any,
-        stamps: npt.NDArray[np.uint32],
-        history: tuple[Any, ...],
-        epsilon: float,
-        indices: Any,
-        threads: int,
-        /,
-    ) -> Any:
+    def catch_up_rows(self, table: tuple[Any, ...], indices: Any, threads: int, /) -> Any:
         """Bring the rows at ``indices`` up to date with the history of their table.
 
         Args:
-            w: the table; ``m`` and ``u`` are its state.
-            m: see ``w``.
-            u: see ``w``.
-            stamps: ``(rows,)``, the step that each row is up to date with, modulo 2**32.
-            history: the arrays of :class:`~.exact.History`.
-            epsilon: of the steps in the history.
+            table: ``(w, m, u, frames, stamps, history, epsilon, seed, stochastic)``.
+                ``frames`` of 8-bit state is ``(rows,)``, else None. ``stamps``, ``(rows,)``
+                and uint32, has the step that each row is up to date with, modulo 2**32.
+                ``history`` has the arrays of :class:`~.exact.History`, and ``epsilon`` is
+                that of its steps. ``seed`` is of the random bits that round compact state:
+                the last step. ``stochastic`` says whether they round ``w`` of bfloat16.
             indices: 1-D, int32 or int64.
             threads: how many may be used.
 
@@ -128,17 +122,7 @@ class Verbs(Protocol):
         """
 
     def catch_up_range(
-        self,
-        w: Any,
-        m: Any,
-        u: Any,
-        stamps: npt.NDArray[np.uint32],
-        history: tuple[Any, ...],
-        epsilon: float,
-        start: int,
-        stop: int,
-        threads: int,
-        /,
+        self, table: tuple[Any, ...], start: int, stop: int, threads: int, /
     ) -> Any:
         """The same for the rows from ``start`` to before ``stop``."""
 

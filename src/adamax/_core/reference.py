@@ -12,6 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .compact import (
+    decode,
+    encode,
+    frame_after,
+    random_bits,
+    round_bfloat16,
+    seed_of,
+)
 from .exact import START, STEPS, Recorded, commit, gaps
 from .kernels import OPERANDS, Float64Array
 from .memory import may_overlap_itself
@@ -21,7 +29,12 @@ Array = npt.NDArray[Any]
 
 _UNFIT = {operand: place for place, operand in enumerate(OPERANDS)}
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
-_COUNTERS = ("float32", "float64", "int64")
+_FITS = {
+    "exp_avg": (*_FLOATS, "int8"),
+    "exp_inf": (*_FLOATS, "uint8"),
+    "step": ("float32", "float64", "int64"),
+    "frame": ("float32",),
+}
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -34,6 +47,7 @@ def step(
     u: Sequence[Any],
     g: Sequence[Any],
     scalars: Float64Array,
+    frames: Sequence[Any] | None,
     tables: Sequence[tuple[Any, ...]],
     counters: Sequence[Any],
     clipnorm: float,
@@ -42,14 +56,20 @@ def step(
 ) -> tuple[str, int, int, int] | None:
     try:
         parts: list[_DensePart | _RowsPart] = [
-            _DensePart(i, *arrays) for i, arrays in enumerate(zip(w, m, u, g, strict=True))
+            _DensePart(i, *arrays)
+            for i, arrays in enumerate(
+                zip(w, m, u, g, frames or [None] * len(w), strict=True)
+            )
         ]
         parts += [_RowsPart(len(w) + i, table) for i, table in enumerate(tables)]
         steps = [_Operand(counter, "step", i) for i, counter in enumerate(counters)]
     except _Stopped as stopped:
         problem: tuple[str, int, int, int] = stopped.args[0]
         return problem
-    of_parts = [*np.broadcast_to(scalars, (len(w), 8)), *(table[5] for table in tables)]
+    of_parts = [
+        *np.broadcast_to(scalars, (len(w), len(Scalar))),
+        *(table[5] for table in tables),
+    ]
     limit = min(clipnorm, global_clipnorm)
     factors = [1.0] * len(parts)
     if limit < math.inf:
@@ -85,39 +105,20 @@ def norm(indices: Any, values: Any, rows: int, threads: int) -> Any:
     return _norm(_summed(of_values, group, len(distinct)))
 
 
-def catch_up_rows(
-    w: Any,
-    m: Any,
-    u: Any,
-    stamps: npt.NDArray[np.uint32],
-    history: tuple[Any, Any, Any],
-    epsilon: float,
-    indices: Any,
-    threads: int,
-) -> Any:
+def catch_up_rows(table: tuple[Any, ...], indices: Any, threads: int) -> Any:
     try:
-        table = _Table(0, w, m, u)
-        rows, _ = _grouped(indices, len(table.w.array), 0)
-        return table.catch_up(rows, stamps, history, epsilon)
+        of_table, settings = _Table(0, *table[:4]), table[4:]
+        rows, _ = _grouped(indices, len(of_table.w.array), 0)
+        return of_table.catch_up(rows, *settings)
     except _Stopped as stopped:
         return stopped.args[0]
 
 
-def catch_up_range(
-    w: Any,
-    m: Any,
-    u: Any,
-    stamps: npt.NDArray[np.uint32],
-    history: tuple[Any, Any, Any],
-    epsilon: float,
-    start: int,
-    stop: int,
-    threads: int,
-) -> Any:
+def catch_up_range(table: tuple[Any, ...], start: int, stop: int, threads: int) -> Any:
     try:
-        table = _Table(0, w, m, u)
-        rows = np.arange(max(start, 0), min(stop, len(table.w.array)))
-        return table.catch_up(rows, stamps, history, epsilon)
+        of_table, settings = _Table(0, *table[:4]), table[4:]
+        rows = np.arange(max(start, 0), min(stop, len(of_table.w.array)))
+        return of_table.catch_up(rows, *settings)
     except _Stopped as stopped:
         return stopped.args[0]
 
@@ -133,7 +134,7 @@ class _Operand:
 
     def __init__(self, given: Any, operand: str, where: int) -> None:
         array, dtype = _as_array(given)
-        fits = _COUNTERS if operand == "step" else _FLOATS
+        fits = _FITS.get(operand, _FLOATS)
         if dtype not in fits or (operand == "step" and array.size != 1):
             raise _Stopped(("unfit", where, _UNFIT[operand], 0))
         self.array, self.dtype = array, dtype
@@ -150,7 +151,10 @@ class _Operand:
         with np.errstate(invalid="ignore"):  # of a NaN that signals
             return np.asarray(words.astype(self.number))
 
-    def write(self, numbers: Array, at: Any = ...) -> None:
+    def write(self, numbers: Array, at: Any = ..., random: Array | None = None) -> None:
+        if random is not None:
+            self.array[at] = round_bfloat16(numbers, random)
+            return
         if self.dtype == "bfloat16":
             bits = np.asarray(numbers).view(np.uint32)
             to_nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -171,7 +175,8 @@ def _as_array(given: Any) -> tuple[Array, str]:
         dtype = str(given.dtype).removeprefix("torch.")
         array = _tensor_memory(given, dtype)
     if dtype == "bfloat16":
-        array = array.view(np.uint16)
+        words = np.dtype(np.uint16)
+        array = array.view(words if array.dtype.isnative else words.newbyteorder())
     if dtype in ("complex64", "complex128"):
         array = array[..., None].view(array.real.dtype)
         dtype = array.dtype.name
@@ -211,27 +216,42 @@ def _grouped(indices: Any, rows: int, where: int) -> tuple[Array, Array]:
 class _Table:
     """A parameter and its state."""
 
-    def __init__(self, where: int, w: Any, m: Any, u: Any) -> None:
+    def __init__(self, where: int, w: Any, m: Any, u: Any, frames: Any) -> None:
         self.where = where
         named = zip((w, m, u), OPERANDS, strict=False)
         self.w, self.m, self.u = (_Operand(x, name, where) for x, name in named)
         number = np.dtype(self.w.number).name
+        kinds = [(number, number)]
+        if number == "float32":
+            kinds += [("bfloat16", "bfloat16"), ("int8", "uint8")]
+        kind = next((kind for kind in kinds if kind[0] == self.m.dtype), None)
+        dtypes = self.w.dtype, *(kind or (None, None))
         for place, operand in enumerate((self.w, self.m, self.u)):
-            fits = operand.array.shape == self.w.array.shape and (
-                place == 0 or operand.dtype == number
-            )
             array = operand.array
+            fits = array.shape == self.w.array.shape and operand.dtype == dtypes[place]
             if not (fits and array.flags.writeable) or may_overlap_itself(array):
                 raise _Stopped(("unfit", where, place, 0))
         addresses = [x.array.ctypes.data for x in (self.w, self.m, self.u) if x.array.size]
         for place, address in enumerate(addresses):
             if address in addresses[:place]:
                 raise _Stopped(("unfit", where, place, 0))
+        self.is_8bit = self.m.dtype == "int8"
+        self.frames: Any = None
+        if self.is_8bit or frames is not None:
+            self.frames = _Operand(frames, "frame", where).array
+
+    def check_frames(self, count: int) -> None:
+        fits = (self.frames is not None) == self.is_8bit
+        if self.frames is not None:
+            writeable = self.frames.flags.writeable and self.frames.flags.c_contiguous
+            fits = fits and writeable and self.frames.shape == (count,)
+        if not fits:
+            raise _Stopped(("unfit", self.where, _UNFIT["frame"], 0))
 
     def stepped(self, g: Array, scalars: Float64Array, at: Any) -> None:
         number = self.w.number
         s = [rounded(scalar, number) for scalar in scalars]
-        w, m, u = (operand.read(at) for operand in (self.w, self.m, self.u))
+        w, m, u = self._read(at)
         with np.errstate(all="ignore"):
             g = np.clip(g, -s[Scalar.CLIPVALUE], s[Scalar.CLIPVALUE])
             if s[Scalar.COUPLED_DECAY]:
@@ -240,13 +260,58 @@ class _Table:
             u = np.maximum(s[Scalar.BETA_2] * u, np.abs(g))
             move = s[Scalar.STEP_SIZE] * _quotient(m, u + s[Scalar.EPSILON])
             w = s[Scalar.DECAY] * w - move
-        for operand, numbers in zip((self.w, self.m, self.u), (w, m, u), strict=True):
-            operand.write(numbers, at)
+        seed = seed_of(float(scalars[Scalar.SEED]), self.where)
+        stochastic = bool(scalars[Scalar.STOCHASTIC])
+        self._write(at, (w, m, u), scalars[Scalar.BETA_2], seed, stochastic)
+
+    def _read(self, at: Any) -> tuple[Array, Array, Array]:
+        w = self.w.read(at)
+        if self.is_8bit:
+            frame = self._frame(at)
+            return w, *decode(self.m.array[at], self.u.array[at], frame)
+        return w, self.m.read(at), self.u.read(at)
+
+    def _write(
+        self,
+        at: Any,
+        numbers: tuple[Array, Array, Array],
+        decay: Array | float,
+        seed: int,
+        stochastic: bool,
+    ) -> None:
+        """Write elements, whose norms have been multiplied by ``decay``."""
+        positions = _positions(self.w.array, at)
+        operands = self.w, self.m, self.u
+        for place in (0,) if self.is_8bit else (0, 1, 2):
+            operand, random = operands[place], None
+            if operand.dtype == "bfloat16" and (place > 0 or stochastic):
+                random = random_bits(seed, place, positions)
+            operand.write(numbers[place], at, random)
+        if self.is_8bit:
+            after = frame_after(self.frames if at is ... else self.frames[at], decay)
+            self.frames[at] = after
+            bits = random_bits(seed, 1, positions)
+            codes = encode(*numbers[1:], self._frame(at), bits)
+            self.m.array[at], self.u.array[at] = codes
+
+    def _frame(self, at: Any) -> Array:
+        """Of rows, in a shape that can be broadcast."""
+        if at is ...:
+            return np.asarray(self.frames)
+        columns = (slice(None), *(None,) * (self.w.array.ndim - 1))
+        return np.asarray(self.frames[at][columns])
 
     def catch_up(
-        self, rows: Array, stamps: Array, history: tuple[Any, Any, Any], epsilon: float
+        self,
+        rows: Array,
+        stamps: Array,
+        history: tuple[Any, Any, Any],
+        epsilon: float,
+        seed: float,
+        stochastic: bool,
     ) -> int:
         sums, _, clock = history
+        self.check_frames(len(self.w.array))
         if len(stamps) != len(self.w.array):
             raise _Stopped(("history", self.where, -1, 0))
         steps = int(clock[STEPS])
@@ -257,7 +322,7 @@ class _Table:
         rows, behind = rows[behind > 0], behind[behind > 0]
         number: Any = self.w.number
         terms, factors = (x.astype(number) for x in gaps(*history, steps - behind))
-        w, m, u = (operand.read(rows) for operand in (self.w, self.m, self.u))
+        w, m, u = self._read(rows)
         columns = (slice(None), *(None,) * (w.ndim - 1))
         with np.errstate(all="ignore"):
             of_w, of_m, of_u = (factor[columns] for factor in factors.T)
@@ -268,11 +333,25 @@ class _Table:
             for n in range(terms.shape[1] - 1, 0, -1):
                 first, second = terms[:, n][columns] + two_t * first - second, first
             series = terms[:, 0][columns] + number(0.5) * two_t * first - second
-            self.w.write(of_w * w - _quotient(m, denominator) * series, rows)
-            self.m.write(of_m * m, rows)
-            self.u.write(of_u * u, rows)
+            w = of_w * w - _quotient(m, denominator) * series
+            numbers = w, of_m * m, of_u * u
+        bits = seed_of(seed, self.where) ^ (2**64 - 1)  # not those of the step itself
+        self._write(rows, numbers, factors[:, 2], bits, stochastic)
         stamps[rows] = np.uint32(steps % 2**32)
         return len(rows)
+
+
+def _positions(w: Array, at: Any) -> npt.NDArray[np.int64]:
+    """The numbers of elements, in the order in which they lie in memory."""
+    if at is not ...:
+        of_row = _positions(w[0], ...) if w.size else np.zeros(w.shape[1:], np.int64)
+        rows = at.reshape(-1, *(1,) * (w.ndim - 1))
+        return np.asarray(rows * of_row.size + of_row)
+    order = sorted(range(w.ndim), key=lambda axis: -abs(w.strides[axis]))
+    numbers = np.arange(w.size, dtype=np.int64).reshape([w.shape[axis] for axis in order])
+    numbers = numbers.transpose(np.argsort(order).astype(int))
+    flipped = [slice(None, None, -1 if s < 0 else 1) for s in w.strides]
+    return numbers[tuple(flipped)]
 
 
 def _quotient(m: Array, denominator: Array) -> Array:
@@ -282,8 +361,9 @@ def _quotient(m: Array, denominator: Array) -> Array:
 
 
 class _DensePart:
-    def __init__(self, where: int, w: Any, m: Any, u: Any, g: Any) -> None:
-        self.table = _Table(where, w, m, u)
+    def __init__(self, where: int, w: Any, m: Any, u: Any, g: Any, frame: Any) -> None:
+        self.table = _Table(where, w, m, u, frame)
+        self.table.check_frames(1)
         self.g = _Operand(g, "gradient", where)
         if self.g.array.shape != self.table.w.array.shape:
             raise _Stopped(("unfit", where, _UNFIT["gradient"], 0))
@@ -299,12 +379,13 @@ class _DensePart:
 
 class _RowsPart:
     def __init__(self, where: int, table: tuple[Any, ...]) -> None:
-        w, m, u, indices, values, _, self.exact = table
-        self.table = _Table(where, w, m, u)
+        w, m, u, indices, values, _, frames, self.exact = table
+        self.table = _Table(where, w, m, u, frames)
         self.values = _Operand(values, "gradient", where)
         shape = self.table.w.array.shape
         if not shape:
             raise _Stopped(("unfit", where, 0, 0))
+        self.table.check_frames(shape[0])
         self.rows, self.group = _grouped(indices, shape[0], where)
         if self.values.array.shape != (len(self.group), *shape[1:]):
             raise _Stopped(("unfit", where, _UNFIT["gradient"], 0))
@@ -338,7 +419,9 @@ class _RowsPart:
         turn = np.arange(start, min(start + number, len(stamps)))
         turn = turn[(np.uint32(steps % 2**32) - stamps[turn]).view(np.int32) > 0]
         history = sums, products, clock
-        self.table.catch_up(turn, stamps, history, float(scalars[Scalar.EPSILON]))
+        epsilon, seed = float(scalars[Scalar.EPSILON]), float(scalars[Scalar.SEED])
+        stochastic = bool(scalars[Scalar.STOCHASTIC])
+        self.table.catch_up(turn, stamps, history, epsilon, seed, stochastic)
         commit(*history, Recorded(*recorded))
 
 

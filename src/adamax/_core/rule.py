@@ -217,6 +217,8 @@ class Scalar(enum.IntEnum):
     BETA_2 = 5
     EPSILON = 6
     CLIPVALUE = 7  # what g is clamped to
+    SEED = 8  # of the random bits that round compact state: a whole number, the step
+    STOCHASTIC = 9  # 1 if parameters of bfloat16 are rounded by random bits, too, else 0
 
 
 def scalars_of(
@@ -225,8 +227,10 @@ def scalars_of(
     decay: float,
     scale: float = 1.0,
     coupled_decay: float = 0.0,
+    seed: float = 0.0,
+    stochastic: bool = False,
 ) -> npt.NDArray[np.float64]:
-    """The scalars of one step of a parameter, ``(8,)``, in the order of :class:`Scalar`."""
+    """The scalars of one step of a parameter, in the order of :class:`Scalar`."""
     clipvalue = hyperparameters.clipvalue
     return np.array(
         [
@@ -238,6 +242,8 @@ def scalars_of(
             hyperparameters.beta_2,
             hyperparameters.epsilon,
             math.inf if clipvalue is None else clipvalue,
+            seed,
+            float(stochastic),
         ]
     )
 

@@ -93,6 +93,83 @@ void store(
     }
 }
 
+// The state of elements in eight bits each, which are the operands 1 and 2.
+inline bool is_8bit(const Operand* operands) { return operands[1].dtype == Dtype::kInt8; }
+
+inline void load_8bit(const Places places, const int64_t* steps, int64_t count,
+    const Frame& frame, float* m, float* u) {
+    uint8_t codes[2][kBlock];
+    for (int k = 1; k < 3; ++k) gather(places[k], steps[k], false, count, codes[k - 1]);
+    loops().decode(reinterpret_cast<const int8_t*>(codes[0]), codes[1], m, u, count,
+        Frame::factor(frame.before));
+}
+
+inline void store_8bit(const float* m, const float* u, const Places places,
+    const int64_t* steps, int64_t count, const Rounding& rounding, int64_t number) {
+    uint8_t codes[2][kBlock];
+    loops().encode(m, u, reinterpret_cast<int8_t*>(codes[0]), codes[1], count,
+        Frame::factor(rounding.frame.after), {rounding.seed, 1, number}, uint32_t(number));
+    for (int k = 1; k < 3; ++k) scatter(codes[k - 1], count, false, places[k], steps[k]);
+}
+
+// Elements of w, m and u as numbers of type T: where they lie, or copies of at most kBlock.
+template <class T>
+class Numbers {
+  public:
+    T* of[3];
+
+    Numbers(const Operand* operands, const Places places, const int64_t* steps,
+        int64_t count, const Rounding& rounding)
+        : operands_(operands), steps_(steps), count_(count), rounding_(rounding) {
+        for (int k = 0; k < 3; ++k) {
+            places_[k] = places[k];
+            lies_[k] = is_direct<T>(operands[k], places[k], steps[k]);
+            of[k] = lies_[k] ? reinterpret_cast<T*>(places[k]) : own_[k];
+            if (!lies_[k] && !(k > 0 && is_8bit(operands))) {
+                load(operands[k], places[k], steps[k], count, own_[k]);
+            }
+        }
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (!is_8bit(operands)) return;
+            load_8bit(places_, steps, count, rounding.frame, own_[1], own_[2]);
+        }
+    }
+
+    // Writes copies back. `number` is that of the first element.
+    void store_back(int64_t number) {
+        for (int k = 0; k < 3; ++k) {
+            if (!lies_[k] && !(k > 0 && is_8bit(operands_))) store_one(k, number);
+        }
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (!is_8bit(operands_)) return;
+            store_8bit(own_[1], own_[2], places_, steps_, count_, rounding_, number);
+        }
+    }
+
+  private:
+    void store_one(int k, int64_t number) {
+        const bool randomly = k > 0 || rounding_.stochastic;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (randomly && operands_[k].dtype == Dtype::kBFloat16) {
+                uint16_t words[kBlock];
+                loops().round_bfloat16(
+                    own_[k], words, count_, {rounding_.seed, k, number}, uint32_t(number));
+                scatter(words, count_, operands_[k].swapped, places_[k], steps_[k]);
+                return;
+            }
+        }
+        store(own_[k], count_, operands_[k], places_[k], steps_[k]);
+    }
+
+    const Operand* operands_;
+    const int64_t* steps_;
+    int64_t count_;
+    const Rounding& rounding_;
+    char* places_[kOperands];
+    bool lies_[3];
+    T own_[3][kBlock];
+};
+
 // A gradient on its way into the arithmetic: scaled before it is rounded, where it is
 // wider.
 template <class T>
@@ -121,10 +198,11 @@ Scalars<T> rounded(const Scalars<double>& s) {
 
 // The rule on elements of w, m and u that the loops may be unable to work on where they
 // lie. `gradient(first, count, numbers)` writes what they would load of the gradient, or
-// `direct` has it.
+// `direct` has it. `number` is that of the first element.
 template <class T, class Gradient>
 void update_elements(const Operand* operands, const Places places, const int64_t* steps,
-    int64_t count, const Scalars<T>& scalars, const T* direct, const Gradient& gradient) {
+    int64_t number, int64_t count, const Scalars<T>& scalars, const Rounding& rounding,
+    const T* direct, const Gradient& gradient) {
     const auto& run = loops().of(T());
     bool in_place = true;
     for (int k = 0; k < 3; ++k) {
@@ -135,24 +213,16 @@ void update_elements(const Operand* operands, const Places places, const int64_t
         run.update(numbers(0), numbers(1), numbers(2), direct, count, scalars);
         return;
     }
-    T own[3][kBlock], g[kBlock];
+    T g[kBlock];
     for (int64_t first = 0; first < count; first += kBlock) {
         const int64_t length = std::min(kBlock, count - first);
-        T* numbers[3];
-        bool lies[3];
-        for (int k = 0; k < 3; ++k) {
-            char* place = places[k] + first * steps[k];
-            lies[k] = is_direct<T>(operands[k], place, steps[k]);
-            numbers[k] = lies[k] ? reinterpret_cast<T*>(place) : own[k];
-            if (!lies[k]) load(operands[k], place, steps[k], length, own[k]);
-        }
+        Places of_block;
+        for (int k = 0; k < 3; ++k) of_block[k] = places[k] + first * steps[k];
+        Numbers<T> numbers(operands, of_block, steps, length, rounding);
         const T* of_g = direct ? direct + first : g;
         if (!direct) gradient(first, length, g);
-        run.update(numbers[0], numbers[1], numbers[2], of_g, length, scalars);
-        for (int k = 0; k < 3; ++k) {
-            char* place = places[k] + first * steps[k];
-            if (!lies[k]) store(own[k], length, operands[k], place, steps[k]);
-        }
+        run.update(numbers.of[0], numbers.of[1], numbers.of[2], of_g, length, scalars);
+        numbers.store_back(number + first);
     }
 }
 

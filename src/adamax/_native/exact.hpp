@@ -56,10 +56,11 @@ struct Stamps {
     }
 };
 
-// Brings the elements of a stale row at `places` in w, m and u up to date.
+// Brings the elements of a stale row at `places` in w, m and u up to date. `number` is that
+// of the first one.
 template <class T>
 void catch_up_elements(const Operand* operands, const Places& places, const int64_t* steps,
-    int64_t count, const Gap<T>& gap) {
+    int64_t number, int64_t count, const Gap<T>& gap, const Rounding& rounding) {
     const auto& run = loops().of(T());
     bool in_place = true;
     for (int k = 0; k < 3; ++k) {
@@ -70,27 +71,14 @@ void catch_up_elements(const Operand* operands, const Places& places, const int6
         run.catch_up(numbers(0), numbers(1), numbers(2), count, gap);
         return;
     }
-    T own[3][kBlock];
     for (int64_t first = 0; first < count; first += kBlock) {
         const int64_t length = std::min(kBlock, count - first);
-        auto place = [&](int k) { return places[k] + first * steps[k]; };
-        for (int k = 0; k < 3; ++k) load(operands[k], place(k), steps[k], length, own[k]);
-        run.catch_up(own[0], own[1], own[2], length, gap);
-        for (int k = 0; k < 3; ++k) store(own[k], length, operands[k], place(k), steps[k]);
+        Places of_block;
+        for (int k = 0; k < 3; ++k) of_block[k] = places[k] + first * steps[k];
+        Numbers<T> numbers(operands, of_block, steps, length, rounding);
+        run.catch_up(numbers.of[0], numbers.of[1], numbers.of[2], length, gap);
+        numbers.store_back(number + first);
     }
-}
-
-// Brings a row that is `gap` steps behind up to date; `row` has its places in w, m and u.
-template <class T, class AnyHistory>
-void catch_up_row(const Rows& rows, const char* const row[3], int64_t gap,
-    const AnyHistory& history, double epsilon) {
-    T terms[kMostTerms];
-    const Gap<T> of_gap = history.template gap<T>(gap, epsilon, terms);
-    const char* const of_row[kOperands] = {row[0], row[1], row[2], row[0]};
-    rows.walk.each_run(
-        of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t count) {
-            catch_up_elements(rows.operands, places, rows.walk.step, count, of_gap);
-        });
 }
 
 // Brings a row of a table up to date and stamps it. Returns whether it was stale.
@@ -99,9 +87,20 @@ bool catch_up(const Rows& rows, int64_t row, const Stamps& stamps,
     const AnyHistory& history, double epsilon) {
     const int64_t gap = stamps.gap(row, history.now());
     if (gap == 0) return false;
-    const char* of_row[3];
+    T terms[kMostTerms];
+    const Gap<T> of_gap = history.template gap<T>(gap, epsilon, terms);
+    Rounding rounding = rows.rounding_of(row, of_gap.of_u);
+    rounding.seed = ~rounding.seed;  // not the bits of the step itself
+    const char* of_row[kOperands];
     rows.place(row, of_row);
-    catch_up_row<T>(rows, of_row, gap, history, epsilon);
+    of_row[3] = of_row[0];
+    const int64_t before = row * rows.length();  // elements
+    rows.walk.each_run(
+        of_row, 0, rows.length(), [&](const Places& places, int64_t number, int64_t count) {
+            catch_up_elements(rows.operands, places, rows.walk.step, before + number, count,
+                of_gap, rounding);
+        });
+    rows.advance(row, rounding);
     stamps.set(row, history.now());
     return true;
 }

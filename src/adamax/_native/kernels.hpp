@@ -2,7 +2,7 @@
 //
 // A file that defines ADAMAX_ISA includes this one, and is compiled with its own flags.
 
-#include "float16.hpp"
+#include "compact.hpp"
 #include "rule.hpp"
 
 namespace adamax::ADAMAX_ISA {
@@ -48,6 +48,9 @@ const Loops kLoops = {
     widen<widen_bfloat16>,
     narrow<narrow_float16>,
     narrow<narrow_bfloat16>,
+    round_bfloat16,
+    decode,
+    encode,
 };
 
 }  // namespace adamax::ADAMAX_ISA

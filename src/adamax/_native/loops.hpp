@@ -1,7 +1,7 @@
 // The loops over elements, as tables of functions: one table for each instruction set.
 #pragma once
 
-#include <cstdint>
+#include "storage.hpp"
 
 namespace adamax {
 
@@ -45,6 +45,14 @@ struct Loops {
     void (*widen_bfloat16)(const uint16_t*, float*, int64_t length);
     void (*narrow_float16)(const float*, uint16_t*, int64_t length);
     void (*narrow_bfloat16)(const float*, uint16_t*, int64_t length);
+    // By random bits; the first element has this number.
+    void (*round_bfloat16)(
+        const float*, uint16_t*, int64_t length, RandomKey, uint32_t number);
+    // m and u in eight bits each. `factor` is that of the frame.
+    void (*decode)(const int8_t* m_codes, const uint8_t* u_codes, float* m, float* u,
+        int64_t length, double factor);
+    void (*encode)(const float* m, const float* u, int8_t* m_codes, uint8_t* u_codes,
+        int64_t length, double factor, RandomKey, uint32_t number);
 
     const LoopsOf<float>& of(float) const { return on_float; }
     const LoopsOf<double>& of(double) const { return on_double; }

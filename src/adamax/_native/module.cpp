@@ -75,15 +75,16 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     }
 }
 
-// step(w, m, u, g, scalars, tables, counters, clipnorm, global_clipnorm, threads)
+// step(w, m, u, g, scalars, frames, tables, counters, clipnorm, global_clipnorm, threads)
 PyObject* step(PyObject* const* arguments) {
     Plan plan;
     Step& step = plan.step;
-    if (!read_number(arguments[7], &step.clipnorm) ||
-        !read_number(arguments[8], &step.global_clipnorm) ||
-        !read_threads(arguments[9], &step.threads) ||
-        !plan.add_parameters(arguments, arguments[4]) || !plan.add_tables(arguments[5]) ||
-        !plan.add_counters(arguments[6]) || !plan.finish()) {
+    if (!read_number(arguments[8], &step.clipnorm) ||
+        !read_number(arguments[9], &step.global_clipnorm) ||
+        !read_threads(arguments[10], &step.threads) ||
+        !plan.add_parameters(arguments, arguments[4], arguments[5]) ||
+        !plan.add_tables(arguments[6]) || !plan.add_counters(arguments[7]) ||
+        !plan.finish()) {
         return failed(plan);
     }
     without_gil([&] { step.run(); });
@@ -133,23 +134,18 @@ void dispatch(const Rows& rows, const Function& function) {
     rows.is_double() ? function(double()) : function(float());
 }
 
-// catch_up_rows(w, m, u, stamps, history, epsilon, indices, threads)
+// catch_up_rows(table, indices, threads)
 PyObject* catch_up_rows(PyObject* const* arguments) {
     Plan plan;
-    Rows rows;
+    StaleTable table;
     Keys keys;
-    Stamps stamps;
-    History history;
-    double epsilon;
     int threads;
-    if (!read_number(arguments[5], &epsilon) || !read_threads(arguments[7], &threads) ||
-        !plan.read_table(arguments, &rows) ||
-        !plan.read_stamps(arguments[3], rows.count, &stamps) ||
-        !plan.read_history(arguments[4], 0, &history, nullptr) ||
-        !plan.read_indices(arguments[6], rows.count, &keys) ||
-        !plan.check_stamps(keys, stamps, history, false)) {
+    if (!read_threads(arguments[2], &threads) || !plan.read_table(arguments[0], &table) ||
+        !plan.read_indices(arguments[1], table.rows.count, &keys) ||
+        !plan.check_stamps(keys, table.stamps, table.history, false)) {
         return failed(plan);
     }
+    const auto& [rows, stamps, history, epsilon] = table;
     std::atomic<int64_t> caught_up{0};
     without_gil([&] {
         const int64_t pieces = (keys.count() + rows.piece() - 1) / rows.piece();
@@ -170,22 +166,17 @@ PyObject* catch_up_rows(PyObject* const* arguments) {
     return PyLong_FromLongLong(caught_up);
 }
 
-// catch_up_range(w, m, u, stamps, history, epsilon, start, stop, threads)
+// catch_up_range(table, start, stop, threads)
 PyObject* catch_up_range(PyObject* const* arguments) {
     Plan plan;
-    Rows rows;
-    Stamps stamps;
-    History history;
-    double epsilon;
+    StaleTable table;
     int64_t first, last;
     int threads;
-    if (!read_number(arguments[5], &epsilon) || !read_number(arguments[6], &first) ||
-        !read_number(arguments[7], &last) || !read_threads(arguments[8], &threads) ||
-        !plan.read_table(arguments, &rows) ||
-        !plan.read_stamps(arguments[3], rows.count, &stamps) ||
-        !plan.read_history(arguments[4], 0, &history, nullptr)) {
+    if (!read_number(arguments[1], &first) || !read_number(arguments[2], &last) ||
+        !read_threads(arguments[3], &threads) || !plan.read_table(arguments[0], &table)) {
         return failed(plan);
     }
+    const auto& [rows, stamps, history, epsilon] = table;
     first = std::max<int64_t>(first, 0);
     last = std::min(last, rows.count);
     const int64_t longest = history.longest();
@@ -239,11 +230,11 @@ PyObject* use_isa(PyObject* const* arguments) {
         METH_FASTCALL, nullptr}
 
 PyMethodDef methods[] = {
-    ADAMAX_VERB(step, 10),
+    ADAMAX_VERB(step, 11),
     ADAMAX_VERB(counts, 1),
     ADAMAX_VERB(norm, 4),
-    ADAMAX_VERB(catch_up_rows, 8),
-    ADAMAX_VERB(catch_up_range, 9),
+    ADAMAX_VERB(catch_up_rows, 3),
+    ADAMAX_VERB(catch_up_range, 4),
     ADAMAX_VERB(use_isa, 1),
     {"xla_handlers", [](PyObject*, PyObject*) { return xla_handlers(); }, METH_NOARGS,
         nullptr},

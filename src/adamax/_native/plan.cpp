@@ -1,71 +1,34 @@
-#include "plan.hpp"
+#include "plan_items.hpp"
 
 #include <algorithm>
+#include <optional>
 
 namespace adamax {
 namespace {
 
-constexpr int kScalars = 8;
-
-// A list or tuple, whose items may not change while this exists.
-class Sequence {
-  public:
-    explicit Sequence(PyObject* object)
-        : tuple_(object ? PySequence_Tuple(object) : nullptr) {}
-    ~Sequence() { Py_XDECREF(tuple_); }
-    Sequence(const Sequence&) = delete;
-    Sequence& operator=(const Sequence&) = delete;
-
-    explicit operator bool() const { return tuple_ != nullptr; }
-    Py_ssize_t size() const { return PyTuple_GET_SIZE(tuple_); }
-    PyObject* operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
-    PyObject* const* items() const { return &PyTuple_GET_ITEM(tuple_, 0); }
-
-  private:
-    PyObject* tuple_;
-};
-
-bool error(PyObject* kind, const char* message) {
-    PyErr_SetString(kind, message);
-    return false;
+// Of m or u, of numbers that the arithmetic is done in.
+bool is_state(Dtype dtype, int operand, Dtype arithmetic) {
+    if (dtype == arithmetic) return true;
+    return arithmetic == Dtype::kFloat32 &&
+           (dtype == Dtype::kBFloat16 ||
+               dtype == (operand == 1 ? Dtype::kInt8 : Dtype::kUInt8));
 }
 
-Scalars<double> scalars_at(const double* s) {
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
-}
-
-Parameter parameter_of(const Views& views) {
-    Parameter parameter;
+void place(const Views& views, Parameter* parameter) {
     const View* each[kOperands];
     bool flat = true;
     for (int k = 0; k < kOperands; ++k) {
         each[k] = &views[k];
         flat = flat && views[k].is_contiguous();
-        parameter.operands[k] = Operand::of(views[k]);
+        parameter->operands[k] = Operand::of(views[k]);
     }
     int64_t offset[kOperands] = {};
     if (flat) {
-        parameter.walk.build_flat(each, views[0].length());
+        parameter->walk.build_flat(each, views[0].length());
     } else {
-        parameter.walk.build(each, 0, offset);
+        parameter->walk.build(each, 0, offset);
     }
-    for (int k = 0; k < kOperands; ++k) parameter.base[k] = views[k].data + offset[k];
-    return parameter;
-}
-
-Rows rows_of(const Views& views) {
-    Rows rows;
-    rows.count = views[0].shape[0];
-    const View* each[kOperands];
-    int64_t offset[kOperands] = {};
-    for (int k = 0; k < kOperands; ++k) {
-        each[k] = &views[k];
-        rows.operands[k] = Operand::of(views[k]);
-        rows.row_step[k] = views[k].strides[0] * views[k].unit;
-    }
-    rows.walk.build(each, 1, offset);
-    for (int k = 0; k < kOperands; ++k) rows.base[k] = views[k].data + offset[k];
-    return rows;
+    for (int k = 0; k < kOperands; ++k) parameter->base[k] = views[k].data + offset[k];
 }
 
 struct Range {
@@ -108,15 +71,35 @@ bool Plan::check_operands(const Views& views) {
     const View& w = views[0];
     for (int k = 0; k < kOperands; ++k) {
         const View& view = views[k];
-        if (!is_float(view.dtype)) return unfit(k);
-        const bool is_state = k == 1 || k == 2;
-        if (is_state && view.dtype != arithmetic_of(w.dtype)) return unfit(k);
+        const bool of_state = k == 1 || k == 2;
+        if (of_state ? !is_state(view.dtype, k, arithmetic_of(w.dtype))
+                     : !is_float(view.dtype)) {
+            return unfit(k);
+        }
+        if (k == 2 && itemsize(view.dtype) != itemsize(views[1].dtype)) return unfit(k);
         if (k == 3) break;  // whose shape is compared by the caller
         if (!view.writeable || !same_shape(view, w)) return unfit(k);
         if (!view.is_contiguous() && view.may_overlap_itself()) return unfit(k);
         if (k > 0 && view.data == w.data && w.length() > 0) return unfit(k);
     }
     return views[1].data != views[2].data || w.length() == 0 || unfit(2);
+}
+
+bool Plan::read_frames(
+    PyObject* object, const Views& views, int64_t count, float** frames) {
+    constexpr int kFrame = 6;
+    const bool needed = views[1].dtype == Dtype::kInt8;
+    *frames = nullptr;
+    if (object == Py_None) return !needed || unfit(kFrame);
+    View view;
+    if (!read(object, kFrame, &view)) return false;
+    if (!needed || view.dtype != Dtype::kFloat32 || view.ndim != 1 || view.complex ||
+        view.swapped || !view.writeable || view.shape[0] != count ||
+        !view.is_contiguous() || !view.is_aligned()) {
+        return unfit(kFrame);
+    }
+    *frames = reinterpret_cast<float*>(view.data);
+    return true;
 }
 
 bool Plan::read_column(PyObject* column, int operand, std::vector<Views>* views) {
@@ -133,7 +116,8 @@ bool Plan::read_column(PyObject* column, int operand, std::vector<Views>* views)
     return true;
 }
 
-bool Plan::add_parameters(PyObject* const columns[kOperands], PyObject* scalars) {
+bool Plan::add_parameters(
+    PyObject* const columns[kOperands], PyObject* scalars, PyObject* frames) {
     // Column by column: what is next to each other is of one type.
     for (int k = 0; k < kOperands; ++k) {
         if (!read_column(columns[k], k, &of_parameters_)) return false;
@@ -149,61 +133,38 @@ bool Plan::add_parameters(PyObject* const columns[kOperands], PyObject* scalars)
     if (!read_numbers(scalars, Dtype::kFloat64, 2, &view)) return false;
     if (view.shape[1] != kScalars ||
         (view.shape[0] != 1 && size_t(view.shape[0]) != count)) {
-        return error(PyExc_ValueError, "scalars must have the shape (n, 8) or (1, 8)");
+        return error(PyExc_ValueError, "scalars must have the shape (n, 10) or (1, 10)");
     }
     const auto* numbers = reinterpret_cast<const double*>(view.data);
     for (size_t i = 0; i < count; ++i) {
-        const size_t row = view.shape[0] == 1 ? 0 : i;
-        step.parameters[i].scalars = scalars_at(numbers + row * kScalars);
+        const double* row = numbers + (view.shape[0] == 1 ? 0 : i) * kScalars;
+        step.parameters[i].scalars = scalars_at(row);
+        step.parameters[i].rounding = rounding_of(row[8], int64_t(i), row[9] != 0);
     }
-    return true;
+    return add_frames(frames);
 }
 
-bool Plan::add_tables(PyObject* tables) {
-    const Sequence items(tables);
-    if (!items) return false;
-    step.tables.reserve(size_t(items.size()));
-    for (Py_ssize_t i = 0; i < items.size(); ++i) {
-        where_ = int64_t(of_parameters_.size()) + i;
-        const Sequence table(items[i]);
-        if (!table) return false;
-        if (table.size() != 7) return error(PyExc_ValueError, "a table has 7 parts");
-        if (!add_table(table.items())) return false;
+// `frames` is None, or has a frame or None for each parameter.
+bool Plan::add_frames(PyObject* frames) {
+    std::vector<PyObject*> each(of_parameters_.size(), Py_None);
+    std::optional<Sequence> items;
+    if (frames != Py_None) {
+        items.emplace(frames);
+        if (!*items) return false;
+        if (size_t(items->size()) != each.size()) {
+            return error(PyExc_ValueError, "frames must have the length of w");
+        }
+        std::copy_n(items->items(), each.size(), each.begin());
+    }
+    for (size_t i = 0; i < each.size(); ++i) {
+        where_ = int64_t(i);
+        Parameter& parameter = step.parameters[i];
+        if (!read_frames(each[i], of_parameters_[i], 1, &parameter.frame)) return false;
+        if (!parameter.frame) continue;
+        parameter.rounding.frame =
+            Frame::after_decay(*parameter.frame, parameter.scalars.beta_2);
     }
     return true;
-}
-
-// Items are w, m, u, indices, values, scalars, and None or the parts of exact updates.
-bool Plan::add_table(PyObject* const* items) {
-    Views views;
-    for (int k = 0; k < 3; ++k) {
-        if (!read(items[k], k, &views[size_t(k)])) return false;
-    }
-    if (!read(items[4], 3, &views[3]) || !check_operands(views)) return false;
-    const View &w = views[0], &values = views[3];
-    if (w.ndim == 0) return unfit(0);
-    bool fits = values.ndim == w.ndim && values.complex == w.complex;
-    for (int i = 1; fits && i < w.ndim; ++i) fits = values.shape[i] == w.shape[i];
-    if (!fits) return unfit(3);
-
-    step.tables.emplace_back();
-    Table& table = step.tables.back();
-    if (!read_indices(items[3], w.shape[0], &table.keys)) return false;
-    if (table.keys.count() != values.shape[0]) return unfit(3);
-    View scalars;
-    if (!read_numbers(items[5], Dtype::kFloat64, 1, &scalars)) return false;
-    if (scalars.shape[0] != kScalars) return error(PyExc_ValueError, "scalars must be 8");
-    table.scalars = scalars_at(reinterpret_cast<const double*>(scalars.data));
-    of_tables_.push_back(views);
-    if (items[6] == Py_None) return true;
-
-    const Sequence exact(items[6]);
-    if (!exact) return false;
-    if (exact.size() != 7) return error(PyExc_ValueError, "exact updates have 7 parts");
-    table.exact = true;
-    return read_stamps(exact[0], w.shape[0], &table.stamps) &&
-           read_history(items[6], 1, &table.history, &table.recorded) &&
-           check_stamps(table.keys, table.stamps, table.history, true);
 }
 
 bool Plan::add_counters(PyObject* counters) {
@@ -253,12 +214,11 @@ bool Plan::finish() {
         }
     }
     for (size_t i = 0; i < of_parameters_.size(); ++i) {
-        const Scalars<double> scalars = step.parameters[i].scalars;
-        step.parameters[i] = parameter_of(of_parameters_[i]);
-        step.parameters[i].scalars = scalars;
+        place(of_parameters_[i], &step.parameters[i]);
     }
-    for (size_t i = 0; i < of_tables_.size(); ++i)
-        step.tables[i].rows = rows_of(of_tables_[i]);
+    for (size_t i = 0; i < of_tables_.size(); ++i) {
+        place(of_tables_[i], &step.tables[i].rows);
+    }
     if (step.clips()) {
         for (const Views& each : of_parameters_) step.gradients.emplace_back(each[3]);
         for (size_t i = 0; i < of_tables_.size(); ++i) {
@@ -293,111 +253,6 @@ void Plan::copy(View* view) {
     view->data = copies_.back().data();
     view->strides = strides.data();
     view->unit = 1;
-}
-
-bool Plan::read_table(PyObject* const objects[3], Rows* rows) {
-    Views views;
-    for (int k = 0; k < 3; ++k) {
-        if (!read(objects[k], k, &views[size_t(k)])) return false;
-    }
-    views[3] = views[0];
-    if (!check_operands(views)) return false;
-    if (views[0].ndim == 0) return unfit(0);
-    *rows = rows_of(views);
-    rows->row_step[3] = 0;
-    return true;
-}
-
-bool Plan::read_values(PyObject* object, View* view) {
-    if (!read(object, 3, view)) return false;
-    return (is_float(view->dtype) && view->ndim > 0) || unfit(3);
-}
-
-bool Plan::read_indices(PyObject* object, int64_t rows, Keys* keys) {
-    constexpr int kIndices = 5;
-    View view;
-    if (!read(object, kIndices, &view)) return false;
-    const bool integers = view.dtype == Dtype::kInt32 || view.dtype == Dtype::kInt64;
-    if (!integers || view.ndim != 1) return unfit(kIndices);
-    int64_t outside = 0;
-    const int64_t position = keys->build(view, rows, &outside);
-    if (position >= 0) problem = {"index", where_, position, outside};
-    return position < 0;
-}
-
-bool Plan::read_stamps(PyObject* object, int64_t rows, Stamps* stamps) {
-    View view;
-    if (!read_numbers(object, Dtype::kUInt32, 1, &view)) return false;
-    if (view.shape[0] != rows || !view.writeable) {
-        problem = {"history", where_, -1, 0};
-        return false;
-    }
-    stamps->of_row = reinterpret_cast<uint32_t*>(view.data);
-    return true;
-}
-
-// `object` has sums, products and clock from `offset` on; where a step is recorded, their
-// new values follow.
-bool Plan::read_history(PyObject* object, int offset, History* to, Recorded* recorded) {
-    const Sequence parts(object);
-    if (!parts) return false;
-    if (parts.size() != offset + (recorded ? 6 : 3)) {
-        return error(PyExc_ValueError, "a history has other parts");
-    }
-    View sums, products, clock;
-    if (!read_numbers(parts[offset], Dtype::kFloat64, 2, &sums) ||
-        !read_numbers(parts[offset + 1], Dtype::kFloat64, 2, &products) ||
-        !read_numbers(parts[offset + 2], Dtype::kInt64, 1, &clock)) {
-        return false;
-    }
-    const int64_t entries = sums.shape[0], terms = sums.shape[1];
-    const auto* numbers = reinterpret_cast<const int64_t*>(clock.data);
-    if (entries < 2 || (entries & (entries - 1)) || terms < 1 || terms > kMostTerms ||
-        terms % 4 != 1 || products.shape[0] != entries || products.shape[1] != 6 ||
-        clock.shape[0] != kClock || numbers[1] < 1 || numbers[1] > entries / 2 ||
-        numbers[2] < 0 || numbers[0] < numbers[2]) {
-        return error(PyExc_ValueError, "a history has other shapes");
-    }
-    *to = {reinterpret_cast<const double*>(sums.data),
-        reinterpret_cast<const double*>(products.data), entries, terms, numbers[0],
-        numbers[1], numbers[2], {numbers[3], numbers[4], numbers[5]}};
-    if (!recorded) return true;
-
-    View new_sums, new_products, new_clock;
-    if (!read_numbers(parts[offset + 3], Dtype::kFloat64, 2, &new_sums) ||
-        !read_numbers(parts[offset + 4], Dtype::kFloat64, 1, &new_products) ||
-        !read_numbers(parts[offset + 5], Dtype::kInt64, 1, &new_clock)) {
-        return false;
-    }
-    const auto* after = reinterpret_cast<const int64_t*>(new_clock.data);
-    if (new_sums.shape[1] != terms || new_sums.shape[0] < 1 ||
-        new_sums.shape[0] > std::min(entries, to->steps + 2) ||
-        new_products.shape[0] != 6 || new_clock.shape[0] != kClock ||
-        after[0] != to->steps + 1 || after[1] > entries / 2 || !sums.writeable ||
-        !products.writeable || !clock.writeable) {
-        return error(PyExc_ValueError, "a recorded step has other shapes");
-    }
-    *recorded = {reinterpret_cast<double*>(sums.data),
-        reinterpret_cast<double*>(products.data), reinterpret_cast<int64_t*>(clock.data),
-        reinterpret_cast<const double*>(new_sums.data), new_sums.shape[0],
-        reinterpret_cast<const double*>(new_products.data), after};
-    return true;
-}
-
-bool Plan::check_stamps(
-    const Keys& keys, const Stamps& stamps, const History& history, bool current) {
-    const int64_t longest = history.longest();
-    for (int64_t i = 0; i < keys.count(); ++i) {
-        if (i + kPrefetchStamps < keys.count()) {
-            stamps.prefetch_row(keys.row(i + kPrefetchStamps));
-        }
-        const int64_t gap = stamps.gap(keys.row(i), history.steps);
-        if (gap == 0) continue;
-        problem = {gap > longest ? "history" : "stale", where_, keys.row(i), 0};
-        if (current || gap > longest) return false;
-        problem = {};
-    }
-    return true;
 }
 
 }  // namespace adamax

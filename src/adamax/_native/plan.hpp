@@ -19,6 +19,14 @@ struct Problem {
     explicit operator bool() const { return kind != nullptr; }
 };
 
+// A table whose rows are to be caught up, without a gradient.
+struct StaleTable {
+    Rows rows;
+    Stamps stamps;
+    History history;
+    double epsilon;
+};
+
 using Views = std::array<View, kOperands>;  // of w, m, u and g
 
 // Reads the arguments of one call. Methods return false with a Python error, or with a
@@ -28,30 +36,33 @@ class Plan {
     Step step;
     Problem problem;
 
-    bool add_parameters(PyObject* const columns[kOperands], PyObject* scalars);
+    bool add_parameters(
+        PyObject* const columns[kOperands], PyObject* scalars, PyObject* frames);
     bool add_tables(PyObject* tables);
     bool add_counters(PyObject* counters);
     // When all has been added: copies the gradients that overlap what is written.
     bool finish();
 
-    // A table without a gradient: `objects` are w, m and u.
-    bool read_table(PyObject* const objects[3], Rows* rows);
+    // A table whose rows are to be caught up.
+    bool read_table(PyObject* object, StaleTable* table);
     // The values of a gradient alone.
     bool read_values(PyObject* object, View* view);
     bool read_indices(PyObject* object, int64_t rows, Keys* keys);
-    bool read_stamps(PyObject* object, int64_t rows, Stamps* stamps);
-    bool read_history(PyObject* history, int offset, History* to, Recorded* recorded);
     // Whether the history goes back to the stamps of rows; with `current`, whether these
     // rows are up to date.
     bool check_stamps(
         const Keys& keys, const Stamps& stamps, const History& history, bool current);
-    bool read_numbers(PyObject* object, Dtype dtype, int ndim, View* view);
     bool unfit(int operand);
 
   private:
     bool read(PyObject* object, int operand, View* view);
+    bool read_numbers(PyObject* object, Dtype dtype, int ndim, View* view);
+    bool read_stamps(PyObject* object, int64_t rows, Stamps* stamps);
+    bool read_history(PyObject* history, int offset, History* to, Recorded* recorded);
     bool read_column(PyObject* column, int operand, std::vector<Views>* views);
     bool check_operands(const Views& views);
+    bool add_frames(PyObject* frames);
+    bool read_frames(PyObject* object, const Views& views, int64_t count, float** frames);
     bool add_table(PyObject* const* items);
     void copy(View* view);
 

@@ -34,6 +34,8 @@ struct Rows {
     int64_t row_step[kOperands];  // from row to row, in bytes
     Walk walk;                    // of the elements of a row
     int64_t count = 0;            // of rows in the table
+    Rounding rounding{};          // but for its frame
+    float* frames = nullptr;      // of 8-bit state, one for each row
 
     int64_t length() const { return walk.length(); }
     int64_t piece() const {
@@ -48,6 +50,16 @@ struct Rows {
 
     ADAMAX_INLINE void prefetch_row(int64_t row) const {
         for (int k = 0; k < 3; ++k) prefetch_begin(base[k] + row * row_step[k], k);
+        if (frames) prefetch(reinterpret_cast<const char*>(frames + row));
+    }
+    // How a row is rounded whose norms are multiplied by `decay`.
+    Rounding rounding_of(int64_t row, double decay) const {
+        Rounding of_row = rounding;
+        if (frames) of_row.frame = Frame::after_decay(frames[row], decay);
+        return of_row;
+    }
+    void advance(int64_t row, const Rounding& of_row) const {
+        if (frames) frames[row] = of_row.frame.after;
     }
     ADAMAX_INLINE void prefetch_value(int64_t position) const {
         prefetch_begin(value(position), 3);
@@ -84,11 +96,13 @@ template <class T>
 struct RowScalars {
     Scalars<T> rounded;
     double scale;
+    double beta_2;
     bool wide;  // a gradient wider than the arithmetic is scaled before it is rounded
 
     RowScalars(const Rows& rows, const Scalars<double>& scalars)
         : rounded(adamax::rounded<T>(scalars)),
           scale(scalars.scale),
+          beta_2(scalars.beta_2),
           wide(rows.operands[3].dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float)) {
         if (wide) rounded.scale = 1;
     }
@@ -104,10 +118,13 @@ void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
     const char* of_row[kOperands];
     rows.place(keys.row(i), of_row);
     of_row[3] = rows.value(keys.position(i));
+    const Rounding rounding = rows.rounding_of(keys.row(i), scalars.beta_2);
+    const int64_t before = keys.row(i) * rows.length();  // elements
     rows.walk.each_run(
-        of_row, 0, rows.length(), [&](const Places& places, int64_t, int64_t n) {
+        of_row, 0, rows.length(), [&](const Places& places, int64_t number, int64_t n) {
             const bool direct = !summed && is_direct<T>(g, places[3], step);
-            update_elements<T>(rows.operands, places, rows.walk.step, n, scalars.rounded,
+            update_elements<T>(rows.operands, places, rows.walk.step, before + number, n,
+                scalars.rounded, rounding,
                 direct ? reinterpret_cast<const T*>(places[3]) : nullptr,
                 [&](int64_t first, int64_t length, T* numbers) {
                     const char* place = places[3] + first * step;
@@ -121,6 +138,7 @@ void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
                     for (int64_t j = 0; j < length; ++j) numbers[j] = T(scale * sums[j]);
                 });
         });
+    rows.advance(keys.row(i), rounding);
 }
 
 // Calls `function(i, end)` for each row that begins at a key in [start, stop), where its

@@ -35,6 +35,7 @@ void Step::run() {
         table.catch_up_in_turn();
         table.recorded.commit(table.history);
     }
+    for (const Parameter& parameter : parameters) parameter.advance();
     for (const Counter& counter : counters) counter.advance();
 }
 

@@ -41,7 +41,7 @@ static_assert(sizeof(DLTensor) == 48 && offsetof(DLTensor, byte_offset) == 40);
 static_assert(offsetof(DLPackExchangeAPI, from_object_no_sync) == 40);
 
 constexpr int kCpu = 1;
-enum Code { kInt = 0, kFloat = 2, kBFloat = 4, kComplex = 5 };
+enum Code { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kComplex = 5 };
 
 bool set_dtype(int code, int bits, View* view) {
     view->complex = code == kComplex;
@@ -55,6 +55,8 @@ bool set_dtype(int code, int bits, View* view) {
     else if (code == kBFloat && bits == 16) view->dtype = Dtype::kBFloat16;
     else if (code == kInt && bits == 32) view->dtype = Dtype::kInt32;
     else if (code == kInt && bits == 64) view->dtype = Dtype::kInt64;
+    else if (code == kInt && bits == 8) view->dtype = Dtype::kInt8;
+    else if (code == kUInt && bits == 8) view->dtype = Dtype::kUInt8;
     else return false;
     return true;
 }
@@ -67,6 +69,8 @@ bool set_numpy_dtype(PyArray_Descr* descr, View* view) {
         case NPY_INT:
         case NPY_LONG:
         case NPY_LONGLONG: return set_dtype(kInt, int(8 * PyDataType_ELSIZE(descr)), view);
+        case NPY_BYTE: return set_dtype(kInt, 8, view);
+        case NPY_UBYTE: return set_dtype(kUInt, 8, view);
         case NPY_UINT:
         case NPY_ULONG: view->dtype = Dtype::kUInt32; return PyDataType_ELSIZE(descr) == 4;
         default: break;
@@ -199,6 +203,8 @@ Reader::Result Reader::read_attributes(PyObject* object, View* view) {
         {"torch.bfloat16", kBFloat, 16},
         {"torch.int32", kInt, 32},
         {"torch.int64", kInt, 64},
+        {"torch.int8", kInt, 8},
+        {"torch.uint8", kUInt, 8},
         {"torch.complex64", kComplex, 64},
         {"torch.complex128", kComplex, 128},
     };

@@ -108,7 +108,7 @@ class ExactTable {
             std::copy_n(reinterpret_cast<const T*>(of_row[2]) + first, count, u);
             const Places places = {to + first * step[0], reinterpret_cast<char*>(m),
                 reinterpret_cast<char*>(u), nullptr};
-            catch_up_elements(rows.operands, places, step, count, gap);
+            catch_up_elements(rows.operands, places, step, 0, count, gap, rows.rounding);
         }
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._core.memory import zeros_beside
+from .state import ArrayLike, Part, dtypes_of, kind_of, moments, store
 
 try:
     import fcntl
@@ -22,12 +23,16 @@ except ModuleNotFoundError:  # Windows
 
 Array: TypeAlias = npt.NDArray[Any]
 Layout: TypeAlias = tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]
+State: TypeAlias = dict[Part, Array]
 
 _FORMAT = {"format": "adamax", "version": "1"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),  # the words of bfloat16
 }
 _OTHER: np.dtype[Any] = np.dtype(object)
 _BYTES_AT_ONCE = 1 << 26
@@ -38,23 +43,14 @@ class WithState(Protocol):
     """A parameter, as far as it matters here."""
 
     name: str
-    m: Array
-    u: Array
+    state: State
 
     @property
     def array(self) -> Array | None: ...
     @property
-    def state_layout(self) -> Layout: ...
-
-
-class ArrayLike(Protocol):
-    """What an array and an entry of a file have in common."""
-
+    def state_dtype(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    def __getitem__(self, key: Any, /) -> Any: ...
+    def layouts(self) -> dict[Part, Layout]: ...
 
 
 # --- New state ---------------------------------------------------------------------------
@@ -62,20 +58,23 @@ class ArrayLike(Protocol):
 
 def zero_state(
     parameters: Sequence[WithState], directory: Path | None, first_number: int
-) -> list[tuple[Array, Array]]:
-    """Zero ``m`` and ``u`` for each parameter, in memory or in files of a directory.
+) -> list[State]:
+    """Zero state for each parameter, in memory or in files of a directory.
+
+    Frames of compact state are in memory.
 
     Raises:
         FileExistsError: a file of another optimizer is in the way.
         OSError: there is no room for the files. None is left behind then.
     """
     if directory is None:
-        return [(_in_memory(p, 1), _in_memory(p, 2)) for p in parameters]
-    paths = [
-        directory / f"{number}.{part}.npy"
-        for number in range(first_number, first_number + len(parameters))
-        for part in ("m", "u")
+        return [{part: _in_memory(p, part) for part in p.layouts} for p in parameters]
+    names: tuple[Part, Part] = ("m", "u")
+    of_files = [
+        {part: directory / f"{first_number + i}.{part}.npy" for part in names}
+        for i in range(len(parameters))
     ]
+    paths = [path for files in of_files for path in files.values()]
     for path in paths:
         if path.exists():
             raise FileExistsError(
@@ -84,20 +83,26 @@ def zero_state(
             )
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        arrays = [
-            _in_file(path, parameters[i // 2].state_layout) for i, path in enumerate(paths)
+        return [
+            {
+                part: _in_file(files[part], layout)
+                if part in files
+                else _in_memory(parameter, part)
+                for part, layout in parameter.layouts.items()
+            }
+            for parameter, files in zip(parameters, of_files, strict=True)
         ]
     except BaseException:
         for path in paths:
             path.unlink(missing_ok=True)
         raise
-    return list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
-def _in_memory(parameter: WithState, number: int) -> Array:
+def _in_memory(parameter: WithState, part: Part) -> Array:
     assert parameter.array is not None
-    shape, dtype, order = parameter.state_layout
-    return zeros_beside(parameter.array.ctypes.data, number, shape, dtype, order)
+    shape, dtype, order = parameter.layouts[part]
+    address, number = parameter.array.ctypes.data, 1 if part == "m" else 2
+    return zeros_beside(address, number, shape, dtype, order)
 
 
 def _in_file(path: Path, layout: Layout) -> Array:
@@ -116,7 +121,7 @@ def _in_file(path: Path, layout: Layout) -> Array:
 
 # --- Loading state -----------------------------------------------------------------------
 
-Loading: TypeAlias = list[tuple[WithState, Literal["m", "u"], ArrayLike]]
+Loading: TypeAlias = list[tuple[WithState, dict[Part, ArrayLike]]]
 
 
 def checked_state(
@@ -128,8 +133,9 @@ def checked_state(
         TypeError: an entry that is no array, or of a dtype that state cannot have.
         ValueError: entries missing or left over, other shapes, a count out of range.
     """
-    parts: tuple[Literal["m"], Literal["u"]] = ("m", "u")
-    expected = {f"{p.name}.{part}": (p, part) for p in parameters for part in parts}
+    parameters = list(parameters)
+    parts = {p.name: _parts(p.name, state_dict) for p in parameters}
+    expected = {f"{name}.{part}" for name, of_name in parts.items() for part in of_name}
     names = {"iterations", *expected}
     if missing := sorted(names - state_dict.keys()):
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
@@ -138,21 +144,57 @@ def checked_state(
             f"state_dict has entries that belong to no parameter of this optimizer: "
             f"{', '.join(unexpected)} (build() it with all parameters first)"
         )
-    counted = _checked_entry("iterations", state_dict, (), np.dtype(np.int64), "iu")
+    counted = _entry("iterations", state_dict, (), np.dtype(np.int64), "iu")
     iterations = int(counted[()])
     if not 0 <= iterations < _MOST_ITERATIONS:
         raise ValueError(
             f"state_dict['iterations'] must be in [0, 2**53), got {iterations}"
         )
-    loading: Loading = []
-    for name, (parameter, part) in expected.items():
-        shape, dtype, _ = parameter.state_layout
-        entry = _checked_entry(name, state_dict, shape, dtype, "f")
-        loading.append((parameter, part, entry))
-    return iterations, loading
+    return iterations, [
+        (p, _checked_parts(p, parts[p.name], state_dict)) for p in parameters
+    ]
 
 
-def _checked_entry(
+def _parts(name: str, state_dict: Mapping[str, Any]) -> tuple[Part, ...]:
+    """What the state of a parameter in a state dict must consist of."""
+    dtype = getattr(state_dict.get(f"{name}.m"), "dtype", None)
+    return ("m", "u", "frame") if dtype == np.int8 else ("m", "u")
+
+
+def _checked_parts(
+    parameter: WithState, parts: tuple[Part, ...], state_dict: Mapping[str, Any]
+) -> dict[Part, ArrayLike]:
+    shape, expected, _ = parameter.layouts["m"]
+    kinds = {"m": "i", "u": "u"} if "frame" in parts else dict.fromkeys(parts, "f")
+    if parts == ("m", "u") and _is_bfloat16(state_dict[f"{parameter.name}.m"]):
+        kinds = dict.fromkeys(parts, "uV")
+    checked: dict[Part, ArrayLike] = {}
+    for part in parts:
+        name = f"{parameter.name}.{part}"
+        if part == "frame":
+            given = np.shape(state_dict[name])
+            of_rows = shape[:1] if given != (1,) else (1,)
+            frame = _entry(name, state_dict, of_rows, np.dtype(np.float32), "f")
+            numbers = frame[:]
+            if not np.all((numbers >= 0) & (numbers < 1)):
+                raise ValueError(f"state_dict[{name!r}] must be in [0, 1)")
+            checked[part] = frame
+        else:
+            checked[part] = _entry(name, state_dict, shape, expected, kinds[part])
+    if kind_of(checked) is None:
+        raise TypeError(
+            f"state_dict[{parameter.name + '.u'!r}] has the dtype {checked['u'].dtype}, "
+            f"which does not go with {checked['m'].dtype} of 'm'"
+        )
+    return checked
+
+
+def _is_bfloat16(entry: Any) -> bool:
+    dtype = getattr(entry, "dtype", None)
+    return isinstance(dtype, np.dtype) and dtype.name in ("bfloat16", "uint16")
+
+
+def _entry(
     name: str,
     state_dict: Mapping[str, Any],
     shape: tuple[int, ...],
@@ -176,40 +218,68 @@ def _checked_entry(
 
 def load_state(loading: Loading) -> None:
     """Replace the state of parameters: all of it, or none where an entry cannot be read."""
-    in_memory: list[tuple[WithState, Literal["m", "u"], Array]] = []
+    in_memory: list[tuple[WithState, State]] = []
     in_files: Loading = []
-    for parameter, part, entry in loading:
-        old = getattr(parameter, part)
-        if isinstance(old, np.memmap):
-            if isinstance(entry, np.ndarray):
-                entry = np.array(entry)  # which may be of the state that is replaced
-            in_files.append((parameter, part, entry))
-            for _ in _pieces(entry, old):  # read once, to see that it can be read
-                pass
+    for parameter, parts in loading:
+        if isinstance(parameter.state["m"], np.memmap):
+            parts = {  # copies of what may be of the state that is replaced
+                part: np.array(entry) if isinstance(entry, np.ndarray) else entry
+                for part, entry in parts.items()
+            }
+            in_files.append((parameter, parts))
+            for at in _pieces(parameter.state["m"]):  # to see that all can be read
+                moments(_kind(parts), parts, at)
         else:
-            new = _in_memory(parameter, 1 if part == "m" else 2)
-            for at, piece in _pieces(entry, old):
-                new[at] = piece
-            in_memory.append((parameter, part, new))
-    for parameter, part, entry in in_files:
-        target = getattr(parameter, part)
-        for at, piece in _pieces(entry, target):
-            target[at] = piece
-    for parameter, part, array in in_memory:
-        setattr(parameter, part, array)
+            new = {part: _in_memory(parameter, part) for part in parameter.layouts}
+            _copy(parts, parameter.state_dtype, new)
+            in_memory.append((parameter, new))
+    for parameter, parts in in_files:
+        _copy(parts, parameter.state_dtype, parameter.state)
+    for parameter, state in in_memory:
+        parameter.state = state
 
 
-def _pieces(entry: ArrayLike, like: Array) -> Iterator[tuple[Any, Any]]:
-    """An entry in pieces of bounded memory, each with where it belongs."""
+def _kind(parts: Mapping[Part, ArrayLike]) -> str:
+    kind = kind_of(parts)
+    assert kind is not None
+    return kind
+
+
+def _copy(parts: Mapping[Part, ArrayLike], wanted: str, to: State) -> None:
+    """Copy state, converted to the kind that is wanted."""
+    kind = _kind(parts)
+    if wanted == "8bit":
+        is_same = kind == wanted
+        to["frame"] = np.array(parts["frame"][:] if is_same else [0], np.float32)
+    for at in _pieces(to["m"]):
+        if kind == wanted and kind != "bfloat16":
+            to["m"][at], to["u"][at] = parts["m"][at], parts["u"][at]
+        else:
+            store(wanted, to, at, *moments(kind, parts, at))
+
+
+def in_float32(parameter: WithState) -> State:
+    """A copy of a parameter's state, not compact."""
+    if parameter.state_dtype == "float32":
+        return {part: array.copy() for part, array in parameter.state.items()}
+    assert parameter.array is not None
+    state: State = {}
+    for part in dtypes_of("float32", parameter.array.dtype):
+        state[part] = np.zeros(parameter.state["m"].shape, np.float32)
+    _copy(parameter.state, "float32", state)
+    return state
+
+
+def _pieces(like: Array) -> Iterator[Any]:
+    """Indices of pieces of an array, of bounded memory each."""
     if like.size == 0:
         return
     if like.ndim == 0:
-        yield (), entry[()]
+        yield ()
         return
     rows = max(1, _BYTES_AT_ONCE // (like.nbytes // len(like)))
     for start in range(0, len(like), rows):
-        at = slice(start, min(start + rows, len(like)))
-        yield at, entry[at]
+        yield slice(start, min(start + rows, len(like)))
 
 
 # --- Files -------------------------------------------------------------------------------
@@ -218,7 +288,7 @@ def _pieces(entry: ArrayLike, like: Array) -> Iterator[tuple[Any, Any]]:
 def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     """Write a safetensors file that is there wholly or not at all."""
     safetensors = _safetensors()
-    contiguous = {name: np.require(array, None, "C") for name, array in tensors.items()}
+    contiguous = {name: _words(np.require(a, None, "C")) for name, a in tensors.items()}
     target = path.resolve()  # what a symbolic link points to
     with _folder_beside(target) as folder:
         temporary = folder / "state"
@@ -235,6 +305,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
         _flush_to_disk(temporary)
         temporary.replace(target)
     _flush_to_disk(target.parent)
+
+
+def _words(array: Array) -> Array:
+    """An array, or the words of a bfloat16 one, which safetensors for NumPy lacks."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 def _attributes(path: Path) -> tuple[int, int, int]:

@@ -12,12 +12,18 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from .._core import rule
+from .._core import compact, rule
 from .._core.kernels import Problem, kernels, problem_of
 from .._core.rule import Hyperparameters, LearningRate, Scalar
-from .._core.stale import TableLock, raise_problem
+from .._core.stale import StaleRows, TableLock, raise_problem
 from .._core.threads import get_num_threads
-from .checkpoint import checked_state, load_state, read_tensors, write_tensors
+from .checkpoint import (
+    checked_state,
+    in_float32,
+    load_state,
+    read_tensors,
+    write_tensors,
+)
 from .gradients import (
     Gradient,
     check_range,
@@ -30,6 +36,7 @@ from .gradients import (
 )
 from .parameters import Array, ArraysOrMapping, Parameter, Parameters
 from .schedules import schedule_from_config, schedule_to_config
+from .state import bfloat16
 
 
 class _Hyperparameter:
@@ -99,6 +106,14 @@ class Adamax:
             call :meth:`flush` before anything reads a whole table.
         state_dir: a directory to keep ``m`` and ``u`` in, as memory-mapped ``.npy`` files,
             for tables larger than memory. Files of an earlier run are not overwritten.
+        state_dtype: how ``m`` and ``u`` are stored. ``"float32"`` takes 8 bytes for each
+            parameter. ``"8bit"`` takes 2, and 4 more for each row of a table with sparse
+            gradients; ``u`` is stored in quarters of an octave from 1e-12 to 1e7, smaller
+            ones as 0. ``"bfloat16"`` takes 4. See docs/compact.md. Float64 arrays need
+            ``"float32"``, which is float64 for them.
+        stochastic_rounding: round bfloat16 parameters up or down by random bits, so that
+            moves of less than half a unit in the last place count on average. The bits are
+            the same in each run.
 
     Norms for clipping are those of the gradient after repeated indices have been summed. At
     most one of ``clipnorm``, ``clipvalue`` and ``global_clipnorm`` may be given.
@@ -106,7 +121,9 @@ class Adamax:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of its range, NaN included, or betas that
-            ``sparse="exact"`` does not support (see docs/exact.md).
+            ``sparse="exact"`` or ``state_dtype="8bit"`` does not support (see docs/exact.md
+            and docs/compact.md).
+        ModuleNotFoundError: ``state_dtype="bfloat16"`` without ml_dtypes.
 
     >>> import numpy as np
     >>> from adamax import Adamax, IndexedSlices
@@ -129,7 +146,14 @@ class Adamax:
     """
 
     # An unknown attribute raises an AttributeError.
-    __slots__ = ("_hyperparameters", "_iterations", "_lock", "_parameters", "name")
+    __slots__ = (
+        "_hyperparameters",
+        "_iterations",
+        "_lock",
+        "_parameters",
+        "_stochastic_rounding",
+        "name",
+    )
 
     learning_rate = _Hyperparameter()
     beta_1 = _Hyperparameter()
@@ -155,11 +179,19 @@ class Adamax:
         global_clipnorm: float | None = None,
         sparse: str = "lazy",
         state_dir: str | os.PathLike[str] | None = None,
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {name!r}")
         if not (state_dir is None or isinstance(state_dir, str | os.PathLike)):
             raise TypeError(f"state_dir must be a path, got {state_dir!r}")
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(
+                f"stochastic_rounding must be a bool, got {stochastic_rounding!r}"
+            )
+        if compact.check_state_dtype(state_dtype) == "bfloat16":
+            bfloat16()  # which may not be installed
         self._hyperparameters = Hyperparameters(
             learning_rate=learning_rate,
             beta_1=beta_1,
@@ -171,10 +203,15 @@ class Adamax:
             global_clipnorm=global_clipnorm,
             sparse=sparse,
         )
+        if state_dtype == "8bit":
+            compact.check_betas(self.beta_1, self.beta_2)
         self.name = name
+        self._stochastic_rounding = stochastic_rounding
         self._iterations = np.zeros((), np.int64)
         self._lock = TableLock()
-        self._parameters = Parameters(None if state_dir is None else Path(state_dir))
+        self._parameters = Parameters(
+            None if state_dir is None else Path(state_dir), state_dtype
+        )
 
     # --- Stepping ----------------------------------------------------------------------
 
@@ -216,6 +253,8 @@ class Adamax:
             h,
             rule.step_size(learning_rate, h.beta_1, t),
             rule.decay_factor(learning_rate, h.weight_decay),
+            seed=t,
+            stochastic=self._stochastic_rounding,
         )
         gradients, arrays = split_pairs(grads_and_vars)
         parameters, all_known = self._parameters.of(arrays)
@@ -225,6 +264,13 @@ class Adamax:
                 i: checked_rows(gradient, parameters[i])
                 for i, gradient in enumerate(gradients)
                 if is_sparse(gradient)
+            }
+        is_8bit = self.state_dtype == "8bit"
+        if is_8bit:
+            rows |= {
+                i: (np.arange(p.shape[0]), checked_dense(gradients[i], p))
+                for i, p in enumerate(parameters)
+                if p.has_rows and i not in rows
             }
         dense = [i for i in range(len(arrays)) if i not in rows]
         if h.sparse == "exact":
@@ -244,10 +290,11 @@ class Adamax:
         def take(of_gradients: Sequence[Any]) -> Problem | None:
             result = kernels().step(
                 arrays if not rows else [arrays[i] for i in dense],
-                [parameter.m for parameter in of_dense],
-                [parameter.u for parameter in of_dense],
+                [parameter.state["m"] for parameter in of_dense],
+                [parameter.state["u"] for parameter in of_dense],
                 of_gradients,
                 scalars[None],
+                [parameter.frame for parameter in of_dense] if is_8bit else None,
                 tables,
                 [self._iterations],
                 h.clipnorm or math.inf,
@@ -294,7 +341,8 @@ class Adamax:
             step_size, decay = map(float, scalars[[Scalar.STEP_SIZE, Scalar.DECAY]])
             settings = step_size, decay, h.beta_1, h.beta_2, h.epsilon
             exact = stale.part(stale.record(*settings, partial(self._flush, parameter)))
-        return array, parameter.m, parameter.u, indices, values, scalars, exact
+        m, u, frame = parameter.state["m"], parameter.state["u"], parameter.frame_of_rows()
+        return array, m, u, indices, values, scalars, frame, exact
 
     # --- Stale rows --------------------------------------------------------------------
 
@@ -341,12 +389,7 @@ class Adamax:
             stale = parameter.stale
             if stale is not None and stale.may_be_stale:
                 result = kernels().catch_up_rows(
-                    table,
-                    parameter.m,
-                    parameter.u,
-                    stale.stamps,
-                    stale.history.arrays,
-                    stale.epsilon,
+                    self._of_catching_up(table, parameter, stale),
                     indices.ravel(),
                     get_num_threads(),
                 )
@@ -398,16 +441,21 @@ class Adamax:
         if stale is None or not stale.may_be_stale or array is None:
             return
         parameter.check(array)
-        of_table = array, parameter.m, parameter.u, stale.stamps, stale.history.arrays
+        of_table = self._of_catching_up(array, parameter, stale)
 
         def catch_up(start: int, stop: int) -> None:
-            threads = get_num_threads()
-            result = kernels().catch_up_range(
-                *of_table, stale.epsilon, start, stop, threads
-            )
+            result = kernels().catch_up_range(of_table, start, stop, get_num_threads())
             self._check(result, parameter)
 
         stale.flush(catch_up, f"parameter {parameter.name!r}")
+
+    def _of_catching_up(
+        self, array: Array, parameter: Parameter, stale: StaleRows
+    ) -> tuple[Any, ...]:
+        """A table as the verbs that catch up rows take it."""
+        m, u, frame = parameter.state["m"], parameter.state["u"], parameter.frame_of_rows()
+        of_stale = stale.stamps, stale.history.arrays, stale.epsilon
+        return array, m, u, frame, *of_stale, self.iterations, self._stochastic_rounding
 
     def _check(self, result: Any, parameter: Parameter) -> None:
         problem = problem_of(result)
@@ -505,10 +553,23 @@ class Adamax:
         """All hyperparameters, validated and frozen."""
         return self._hyperparameters
 
+    @property
+    def state_dtype(self) -> str:
+        """How the state is stored."""
+        return self._parameters.state_dtype
+
+    @property
+    def stochastic_rounding(self) -> bool:
+        """Whether bfloat16 parameters are rounded by random bits."""
+        return self._stochastic_rounding
+
     def _change(self, **changed: Any) -> None:
         if "sparse" in changed and changed["sparse"] != "exact":
             self._check_none_is_stale("sparse is changed")
-        self._hyperparameters = replace(self._hyperparameters, **changed)
+        changed_to = replace(self._hyperparameters, **changed)
+        if self.state_dtype == "8bit":
+            compact.check_betas(changed_to.beta_1, changed_to.beta_2)
+        self._hyperparameters = changed_to
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, without ``state_dir``, as JSON can hold them.
@@ -519,9 +580,19 @@ class Adamax:
         >>> Adamax(clipnorm=1).get_config()["clipnorm"]
         1.0
         """
-        config = {"name": self.name, **rule.settings(self._hyperparameters)}
-        config["learning_rate"] = schedule_to_config(self.learning_rate)
-        return config
+        return {
+            **self._arguments(),
+            "learning_rate": schedule_to_config(self.learning_rate),
+        }
+
+    def _arguments(self) -> dict[str, Any]:
+        """Those of the constructor, but for ``state_dir``."""
+        return {
+            "name": self.name,
+            **rule.settings(self._hyperparameters),
+            "state_dtype": self.state_dtype,
+            "stochastic_rounding": self.stochastic_rounding,
+        }
 
     @classmethod
     def from_config(
@@ -546,8 +617,7 @@ class Adamax:
         >>> Adamax.from_config(Adamax(beta_1=0.8).get_config()).hyperparameters.beta_1
         0.8
         """
-        known = ["name", *rule.settings(Hyperparameters())]
-        rule.reject_unknown(config, known, "entry of config")
+        rule.reject_unknown(config, cls()._arguments(), "entry of config")
         arguments = dict(config)
         if isinstance(arguments.get("learning_rate"), Mapping):
             arguments["learning_rate"] = schedule_from_config(
@@ -556,18 +626,25 @@ class Adamax:
         return cls(**arguments)
 
     def __repr__(self) -> str:
-        given = {"name": self.name, **rule.settings(self._hyperparameters)}
-        arguments = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+        given = self._arguments().items()
+        arguments = ", ".join(f"{k}={v!r}" for k, v in given if v is not None)
         return f"{type(self).__name__}({arguments})"
 
     # --- Checkpoints -------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self, state_dtype: str | None = None) -> dict[str, Array]:
         """The step count and the state: ``iterations``, and ``<name>.m``, ``<name>.u``.
 
-        The arrays are the optimizer's own, not copies: the next step changes them. With
-        ``sparse="exact"`` all rows are caught up first, the parameters' too: take a copy of
-        the parameters after this, not before.
+        Eight-bit state also has a ``<name>.frame``. The arrays are the optimizer's own, not
+        copies: the next step changes them. With ``sparse="exact"`` all rows are caught up
+        first, the parameters' too: take a copy of the parameters after this, not before.
+
+        Args:
+            state_dtype: ``"float32"`` for copies of the moments as float32, which any
+                optimizer can load; None for the state as it is stored.
+
+        Raises:
+            ValueError: another ``state_dtype``.
 
         >>> import numpy as np
         >>> optimizer, weights = Adamax(), np.array([1.0])
@@ -576,11 +653,13 @@ class Adamax:
         >>> optimizer.state_dict()
         {'iterations': array(1), '0.m': array([0.2]), '0.u': array([2.])}
         """
+        if state_dtype not in (None, "float32"):
+            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
         self.flush()
         state: dict[str, Array] = {"iterations": np.array(self.iterations, np.int64)}
         for parameter in self._parameters:
-            state[f"{parameter.name}.m"] = parameter.m
-            state[f"{parameter.name}.u"] = parameter.u
+            parts = parameter.state if state_dtype is None else in_float32(parameter)
+            state |= {f"{parameter.name}.{part}": array for part, array in parts.items()}
         return state
 
     def load_state_dict(

@@ -15,7 +15,8 @@ from .._core.kernels import state_dtype
 from .._core.memory import may_overlap_itself
 from .._core.rule import Hyperparameters
 from .._core.stale import StaleRows
-from .checkpoint import zero_state
+from .checkpoint import Layout, State, zero_state
+from .state import Part, dtypes_of
 
 Array: TypeAlias = npt.NDArray[Any]
 ArraysOrMapping: TypeAlias = Iterable[Array] | Mapping[str, Array]
@@ -25,18 +26,16 @@ _DTYPE = operator.attrgetter("dtype")
 
 
 class Parameter:
-    """An array, and its state ``m`` and ``u``.
+    """An array, and its state: ``m``, ``u``, and of 8-bit state the ``frame``.
 
     The array is not kept alive, where it can be known that it is gone: state ends with the
     memory that it is the state of. A view may go and come back as another object: its
     memory is then still known, so that the other object is recognised as wrong.
     """
 
-    m: Array
-    u: Array
     stale: StaleRows | None = None  # in exact mode
 
-    def __init__(self, array: Array, name: str) -> None:
+    def __init__(self, array: Array, name: str, state_dtype: str = "float32") -> None:
         if not isinstance(array, np.ndarray):
             raise TypeError(
                 f"parameter {name!r} must be a NumPy array, which is updated in place; "
@@ -47,7 +46,10 @@ class Parameter:
                 f"parameter {name!r} must have one of the dtypes {', '.join(DTYPES)}, "
                 f"got {array.dtype}"
             )
+        self._dtypes = dtypes_of(state_dtype, array.dtype)
         self.name = name
+        self.state_dtype = state_dtype
+        self.state: State = {}  # none yet
         self.shape = array.shape
         self.dtype = array.dtype
         self._bounds = _bounds(array)
@@ -80,10 +82,30 @@ class Parameter:
             )
 
     @property
-    def state_layout(self) -> tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]:
-        """Shape, dtype and memory order of ``m`` and ``u``."""
+    def layouts(self) -> dict[Part, Layout]:
+        """Shape, dtype and memory order of each part of the state when it is new."""
         assert self.array is not None
-        return self.shape, state_dtype(self.dtype.name), _order(self.array)
+        order = _order(self.array)
+        return {
+            part: ((1,) if part == "frame" else self.shape, dtype, order)
+            for part, dtype in self._dtypes.items()
+        }
+
+    @property
+    def frame(self) -> Array | None:
+        return self.state.get("frame")
+
+    def frame_of_rows(self) -> Array | None:
+        """A frame for each row; made when rows are first updated by themselves."""
+        frame = self.frame
+        if frame is not None and len(frame) != self.shape[0]:
+            frame = self.state["frame"] = np.repeat(frame, self.shape[0])
+        return frame
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether only the verbs for rows can update it."""
+        return self.frame is not None and len(self.frame) != 1
 
     def let_go(self, gone: Callable[[int, bool], None]) -> None:
         """Do not keep the array alive, where it will be known that it is gone.
@@ -122,13 +144,14 @@ class Parameter:
         return self.stale is not None and self.stale.may_be_stale
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copied, (self.array, self.name, self.m, self.u)
+        return _copied, (self.array, self.name, self.state, self.state_dtype)
 
 
-def _copied(array: Array, name: str, m: Array, u: Array) -> Parameter:
-    parameter = Parameter(array, name)
+def _copied(array: Array, name: str, state: State, state_dtype: str) -> Parameter:
+    parameter = Parameter(array, name, state_dtype)
     # A copy of a strided array may be contiguous, in either order.
-    parameter.m, parameter.u = (np.asarray(x, order=_order(array)) for x in (m, u))
+    order = _order(array)
+    parameter.state = {part: np.asarray(x, order=order) for part, x in state.items()}
     return parameter
 
 
@@ -137,10 +160,12 @@ class Parameters:
 
     Args:
         state_dir: where to keep the state in files, or None for memory.
+        state_dtype: of new state.
     """
 
-    def __init__(self, state_dir: Path | None) -> None:
+    def __init__(self, state_dir: Path | None, state_dtype: str = "float32") -> None:
         self._state_dir = state_dir
+        self.state_dtype = state_dtype
         self._process = os.getpid()
         self._by_name: dict[str, Parameter] = {}
         self._by_id: dict[int, Parameter] = {}
@@ -209,7 +234,8 @@ class Parameters:
             parameter = self._by_id.get(id(array))
             if parameter is None:
                 number = str(self._next_number + len(fresh))
-                parameter = Parameter(array, names[position] if names else number)
+                name = names[position] if names else number
+                parameter = Parameter(array, name, self.state_dtype)
                 fresh.append(parameter)
             seen[id(array)] = parameter
             parameters.append(parameter)
@@ -230,8 +256,8 @@ class Parameters:
         if not fresh:
             return
         state = zero_state(fresh, self._state_dir, self._next_number)
-        for parameter, (m, u) in zip(fresh, state, strict=True):
-            parameter.m, parameter.u = m, u
+        for parameter, of_parameter in zip(fresh, state, strict=True):
+            parameter.state = of_parameter
             self._add(parameter)
             parameter.let_go(self._forgets(parameter.name))
         self._next_number += len(fresh)
@@ -257,19 +283,21 @@ class Parameters:
 
     def begun_anew(self) -> "Parameters":
         """Without parameters."""
-        return Parameters(self._state_dir)
+        return Parameters(self._state_dir, self.state_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # Parameters are found by the identity of their array, which a copy changes.
         parameters = [p for p in self if p.array is not None]
         return {
             "state_dir": self._state_dir,
+            "state_dtype": self.state_dtype,
             "next_number": self._next_number,
             "parameters": parameters,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["state_dir"])  # type: ignore[misc]
+        state_dtype = state.get("state_dtype", "float32")
+        self.__init__(state["state_dir"], state_dtype)  # type: ignore[misc]
         self._next_number = state["next_number"]
         self.is_copy = True
         for parameter in state["parameters"]:

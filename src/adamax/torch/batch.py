@@ -30,12 +30,17 @@ class Batch:
     exp_avgs: list[Tensor]
     exp_infs: list[Tensor]
     steps: list[Tensor]
+    frames: list[Tensor | None] | None = None  # of 8-bit state
 
     def lists(self) -> tuple[list[Tensor], ...]:
         return self.params, self.grads, self.exp_avgs, self.exp_infs, self.steps
 
     def select(self, chosen: Sequence[int]) -> "Batch":
-        return Batch(*([tensors[i] for i in chosen] for tensors in self.lists()))
+        frames = None if self.frames is None else [self.frames[i] for i in chosen]
+        params, grads, exp_avgs, exp_infs, steps = (
+            [tensors[i] for i in chosen] for tensors in self.lists()
+        )
+        return Batch(params, grads, exp_avgs, exp_infs, steps, frames)
 
     def split(self, keys: Sequence[Hashable]) -> "dict[Hashable, Batch]":
         """Batches of the parameters that have the same key."""
@@ -84,13 +89,15 @@ def check_operands(batch: Batch, called: Called) -> None:
 
 def check_state(param: Tensor, exp_avg: Tensor, exp_inf: Tensor, called: Called) -> None:
     """Raise a ValueError unless state could belong to a parameter."""
+    dtypes = getattr(exp_avg, "dtype", None), getattr(exp_inf, "dtype", None)
+    is_8bit = dtypes == (torch.int8, torch.uint8)
     for name, value in (("exp_avg", exp_avg), ("exp_inf", exp_inf)):
         if not (
             isinstance(value, Tensor)
             and value.layout is torch.strided
             and value.shape == param.shape
             and value.is_complex() == param.is_complex()
-            and (value.is_floating_point() or value.is_complex())
+            and (value.is_floating_point() or value.is_complex() or is_8bit)
             and value.is_meta == param.is_meta
         ):
             raise _unlike(name, param, value, called)

@@ -7,7 +7,7 @@ Nothing here waits for the device, and nothing is read back from it: step counte
 import functools
 import importlib
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from operator import attrgetter
@@ -21,9 +21,18 @@ from torch.autograd.graph import increment_version
 
 from .._core.kernels import Int64Array
 from . import device, operations
-from .batch import FLOATS, Batch, Called, Scaling, Work, check_operands, check_state
-from .options import Options, state_dtype
-from .sparse import sparse_rows
+from .batch import (
+    FLOATS,
+    Batch,
+    Called,
+    Scaling,
+    Work,
+    check_operands,
+    check_state,
+    described,
+)
+from .options import Options, kind_of, state_dtype, stored_dtype
+from .sparse import SparseRows, by_frames, every_row, frame_of_rows, sparse_rows
 
 _KIND = attrgetter("layout", "dtype", "device")
 
@@ -102,32 +111,65 @@ class OfStep:
         return self.tensors[2], bool(self.numbers[4])
 
 
+class Positions:
+    """The positions of parameters in a step, which their random bits depend on.
+
+    As in the native core those with dense gradients come first.
+
+    Args:
+        dense: how many those are.
+    """
+
+    def __init__(self, dense: int) -> None:
+        self._dense, self._tables = 0, dense
+
+    def of_dense(self, count: int) -> range:
+        """Those of the next ``count`` parameters with dense gradients."""
+        self._dense += count
+        return range(self._dense - count, self._dense)
+
+    def of_table(self) -> int:
+        """That of the next table of which rows are updated."""
+        self._tables += 1
+        return self._tables - 1
+
+
 def prepare(
-    batch: Batch, options: Options, scaling: Scaling, called: Called, uploads: Uploads
+    batch: Batch,
+    options: Options,
+    scaling: Scaling,
+    called: Called,
+    uploads: Uploads,
+    positions: Positions,
 ) -> list[Work]:
     """All that can fail in a step of some parameters; returns what remains to be done.
 
     Raises:
-        RuntimeError: a step counter that is not on the device of its parameter.
+        RuntimeError: a step counter that is not on the device of its parameter, or a table
+            with compact state that is not contiguous.
         ValueError: tensors that do not fit their parameters.
     """
     dense, sparse = batch.by_layout()
     _check_counters(dense, called)
     check_operands(dense, called)
+    _check_frames(dense, called)
+    dense, of_rows = by_frames(dense)
     work: list[Work] = []
-    for one in sparse.singles():
+    for one in (*of_rows, *sparse.singles()):
         if in_place(one):
-            work.append(prepare_rows(one, options, scaling, called))
+            work.append(prepare_rows(one, options, scaling, called, positions))
         elif not scaling.skips:  # it is rare enough to wait for the device
             scale = scaling.number
             work += operations.prepare(one, options, scale, called, foreach=False)
     keys = [
-        (p.device, p.dtype, step.dtype, grad.dtype)
-        for p, grad, step in zip(dense.params, dense.grads, dense.steps, strict=True)
+        (p.device, p.dtype, step.dtype, grad.dtype, kind_of(exp_avg))
+        for p, grad, exp_avg, _, step in zip(*dense.lists(), strict=True)
     ]
+    of_dense = positions.of_dense(len(keys))
     for key, part in dense.split(keys).items():
+        of_part = [p for p, its in zip(of_dense, keys, strict=True) if its == key]
         with device.DEVICE.current(part.params[0].device):
-            work.append(_DenseLaunch.of(part, options, scaling, key, uploads))
+            work.append(_DenseLaunch.of(part, options, scaling, key, uploads, of_part))
     return work
 
 
@@ -139,6 +181,33 @@ def _check_counters(batch: Batch, called: Called) -> None:
                 f"float32 or float64 on its device {param.device}, got {step.dtype} on "
                 f"{step.device}; load_state_dict() puts it there"
             )
+
+
+def _check_frames(batch: Batch, called: Called) -> None:
+    """Raise a ValueError unless each 8-bit state has a frame beside its parameter."""
+    frames = batch.frames or [None] * len(batch.params)
+    for param, exp_avg, frame in zip(batch.params, batch.exp_avgs, frames, strict=True):
+        if exp_avg.dtype is torch.int8 and not (
+            isinstance(frame, Tensor)
+            and frame.dtype is torch.float32
+            and frame.ndim == 1
+            and frame.device == param.device
+            and frame.is_contiguous()
+        ):
+            raise ValueError(
+                f"frame of {called(param)} must be a contiguous float32 tensor on "
+                f"{param.device}, got {described(frame)}"
+            )
+
+
+def _shift(options: Options) -> float:
+    """What a step adds to the frames of 8-bit state."""
+    beta_2 = options.hyperparameters.beta_2
+    return -4 * math.log2(beta_2) if beta_2 else math.inf
+
+
+def _is_stochastic(param: Tensor, options: Options) -> bool:
+    return options.stochastic and param.dtype is torch.bfloat16
 
 
 # --- Dense gradients -------------------------------------------------------------------
@@ -154,6 +223,9 @@ class _DenseLaunch:
     of_step: OfStep
     table: Tensor
     owners: Tensor  # the parameter of each program
+    places: Tensor | None  # positions and the addresses of frames, for random bits
+    shift: float | None  # of frames
+    stochastic: bool
     scalars: Tensor
     chunk: int
     launches: list[range]  # programs that may run at once
@@ -166,6 +238,7 @@ class _DenseLaunch:
         scaling: Scaling,
         key: Hashable,
         uploads: Uploads,
+        positions: Sequence[int],
     ) -> "_DenseLaunch":
         columns, copies = _fitted(batch)
         params, grads = columns[0], columns[3]
@@ -184,7 +257,17 @@ class _DenseLaunch:
         first = np.concatenate([[0], np.cumsum(programs)])
         rows = np.concatenate([addresses, [lengths, first[:-1]]]).T
         owners = np.repeat(np.arange(len(params)), programs)
-        uploaded = uploads.tensor(key, np.concatenate([rows.ravel(), owners]), on)
+        places = np.empty((0, 2), np.int64)
+        is_8bit = columns[1][0].dtype is torch.int8
+        stochastic = _is_stochastic(params[0], options)
+        frames: list[Any] = [0] * len(params)
+        if is_8bit and batch.frames is not None:
+            frames = [f.data_ptr() for f in batch.frames if f is not None]
+        if stochastic or kind_of(columns[1][0]) != "float32":
+            places = np.array([positions, frames], np.int64).T
+        parts = rows.ravel(), owners, places.ravel()
+        uploaded = uploads.tensor(key, np.concatenate(parts), on)
+        of_table, of_owners, of_places = torch.split(uploaded, [p.size for p in parts])
         # Parameters that share memory are updated one after the other, as in torch.
         bounds = [(0, int(first[-1]))] if apart else pairwise(first.tolist())
         return cls(
@@ -192,19 +275,28 @@ class _DenseLaunch:
             columns,
             copies,
             OfStep.on(on, options, scaling),
-            uploaded[: rows.size],
-            uploaded[rows.size :],
-            torch.empty((len(params), 8), dtype=torch.float64, device=on),
+            of_table,
+            of_owners,
+            of_places if places.size else None,
+            _shift(options) if is_8bit else None,
+            stochastic,
+            _empty_scalars(len(params), on),
             chunk,
             [range(start, end) for start, end in bounds if end > start],
         )
 
     def __call__(self) -> None:
-        dtypes = tuple(self.columns[i][0].dtype.to_real() for i in (0, 3))
+        dtypes = tuple(column[0].dtype.to_real() for column in self.columns)
         of_step, counter = self.of_step, self.batch.steps[0].dtype
         with device.DEVICE.current(self.scalars.device):
             kernels().advance(
-                self.table, counter, self.scalars, of_step.tensors, of_step.numbers
+                self.table,
+                counter,
+                self.scalars,
+                of_step.tensors,
+                of_step.numbers,
+                self.places,
+                self.shift,
             )
             for programs in self.launches:
                 kernels().dense_step(
@@ -215,10 +307,15 @@ class _DenseLaunch:
                     *of_step.flags,
                     self.chunk,
                     programs,
+                    self.stochastic,
                 )
             for target, source in self.copies:
                 target.copy_(source)
         increment_version(self.batch.params)
+
+
+def _empty_scalars(count: int, on: torch.device) -> Tensor:
+    return torch.empty((count, kernels().SCALARS), dtype=torch.float64, device=on)
 
 
 def _fitted(batch: Batch) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -229,11 +326,13 @@ def _fitted(batch: Batch) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor
     """
     params, grads, exp_avgs, exp_infs, _ = batch.lists()
     dtype, of_gradients, on = params[0].dtype, grads[0].dtype, params[0].device
-    number = state_dtype(dtype)
     if of_gradients not in FLOATS or of_gradients.is_complex != dtype.is_complex:
-        of_gradients = number
+        of_gradients = state_dtype(dtype)
     columns = [params, exp_avgs, exp_infs, grads]
-    dtypes = [dtype, number, number, of_gradients]
+    of_state = (
+        stored_dtype(dtype, kind_of(exp_avgs[0]), name) for name in ("exp_avg", "exp_inf")
+    )
+    dtypes = [dtype, *of_state, of_gradients]
     if all(
         set(map(_KIND, column)) == {(torch.strided, wanted, on)}
         and all(map(Tensor.is_contiguous, column))
@@ -288,11 +387,12 @@ def _overlaps(
 
 def in_place(one: Batch) -> bool:
     """Whether kernels can work on the rows of a table where they lie."""
-    (param,), _, exp_avg, exp_inf, _ = one.lists()
-    wanted = state_dtype(param.dtype)
+    (param,), _, (exp_avg,), (exp_inf,), _ = one.lists()
+    kind = kind_of(exp_avg)
     return param.is_contiguous() and all(
-        state.is_contiguous() and _is_fit(state, wanted, param.device)
-        for state in (*exp_avg, *exp_inf)
+        state.is_contiguous()
+        and _is_fit(state, stored_dtype(param.dtype, kind, name), param.device)
+        for name, state in (("exp_avg", exp_avg), ("exp_inf", exp_inf))
     )
 
 
@@ -307,13 +407,25 @@ class RowsLaunch:
     row_length: int  # in numbers
     ids: Tensor  # sorted
     order: Tensor  # the place that each had
+    position: int | None  # for random bits
+    frame: Tensor | None
+    shift: float  # of frames
+    stochastic: bool
     scalars: Tensor
 
     def __call__(self) -> None:
         (param,), _, (exp_avg,), (exp_inf,), (step,) = self.batch.lists()
-        of_step = self.of_step
+        of_step, scales = self.of_step, None
         with device.DEVICE.current(param.device):
-            kernels().advance(None, step, self.scalars, of_step.tensors, of_step.numbers)
+            kernels().advance(
+                None, step, self.scalars, of_step.tensors, of_step.numbers, self.position
+            )
+            if self.frame is not None:
+                frames = frame_of_rows(self.frame, self.rows)
+                if len(self.ids):
+                    scales = kernels("triton_rows").advance_frames(
+                        frames, self.ids, self.shift, of_step.tensors[2]
+                    )
             if len(self.ids) and self.row_length:
                 kernels("triton_rows").rows_step(
                     param.dtype.to_real(),
@@ -323,19 +435,33 @@ class RowsLaunch:
                     self.row_length,
                     self.scalars,
                     *of_step.flags,
+                    scales,
+                    self.stochastic,
                 )
         increment_version(param)
 
 
 def prepare_rows(
-    batch: Batch, options: Options, scaling: Scaling, called: Called
+    batch: Batch,
+    options: Options,
+    scaling: Scaling,
+    called: Called,
+    positions: Positions,
 ) -> RowsLaunch:
-    """A step on the rows of one table, which can be updated in place."""
+    """A step on the rows of one table, which can be updated in place.
+
+    A dense gradient is one of all rows.
+    """
     (param,), (grad,), (exp_avg,), (exp_inf,), _ = batch.lists()
     _check_counters(batch, called)
     check_state(param, exp_avg, exp_inf, called)
+    _check_frames(batch, called)
+    stochastic, position = _is_stochastic(param, options), positions.of_table()
+    is_rounded = stochastic or kind_of(exp_avg) != "float32"
     with device.DEVICE.current(param.device):
-        rows = sparse_rows(param, grad, called)
+        is_dense = grad.layout is torch.strided
+        rows = every_row(grad) if is_dense else sparse_rows(param, grad, called)
+        frame = _frame_of(batch, rows, called)
         ids, order = torch.sort(rows.flat(wait=False), stable=True)
         values = rows.values.resolve_conj().resolve_neg().contiguous()
         memory = values.untyped_storage().data_ptr()
@@ -349,8 +475,25 @@ def prepare_rows(
             rows.row_length,
             ids,
             order,
-            torch.empty((1, 8), dtype=torch.float64, device=param.device),
+            position if is_rounded else None,
+            frame,
+            _shift(options),
+            stochastic,
+            _empty_scalars(1, param.device),
         )
+
+
+def _frame_of(one: Batch, rows: SparseRows, called: Called) -> Tensor | None:
+    """The frame of 8-bit state that has one number or one for each row."""
+    if one.exp_avgs[0].dtype is not torch.int8 or one.frames is None:
+        return None
+    frame = one.frames[0]
+    if frame is not None and frame.numel() not in (1, rows.count):
+        raise ValueError(
+            f"frame of {called(one.params[0])} must have 1 or {rows.count} elements, got "
+            f"{frame.numel()}"
+        )
+    return frame
 
 
 def as_numbers(tensor: Tensor) -> Tensor:

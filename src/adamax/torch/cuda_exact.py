@@ -7,7 +7,7 @@ when it was read, the device finds out, and stops with an assertion if it was no
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +15,53 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .._core import rule
+from .._core import compact, rule
 from .._core.exact import History
 from .._core.kernels import Float64Array, Int64Array
 from .._core.stale import StaleRows
 from . import _compat, device
 from .cuda import RowsLaunch, as_numbers, kernels
 from .options import Options
+from .sparse import frame_of_rows
 
 _DTYPES = torch.float64, torch.float64, torch.int64
 
 WithState = tuple[Tensor, Tensor, Tensor]  # a parameter and its state
+
+
+class TableOnDevice(NamedTuple):
+    """A table, its state, and how that is rounded.
+
+    Attributes:
+        param: the table.
+        exp_avg: its moments.
+        exp_inf: its norms.
+        frame: of 8-bit state.
+        seed: of the random bits with which stale rows are rounded, as an int64.
+        stochastic: whether a table of bfloat16 is rounded by them, too.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_inf: Tensor
+    frame: Tensor | None
+    seed: int
+    stochastic: bool
+
+    @classmethod
+    def of(
+        cls,
+        tensors: WithState,
+        frame: Tensor | None,
+        step: float,
+        position: int,
+        stochastic: bool,
+    ) -> "TableOnDevice":
+        """A table after some steps, at a position in the step that is taken, if any is."""
+        # All bits the other way round: not those of the step itself.
+        seed = ~np.uint64(compact.seed_of(step, position)).astype(np.int64)
+        is_16_bit = tensors[0].dtype is torch.bfloat16
+        return cls(*tensors, frame, int(seed), stochastic and is_16_bit)
 
 
 class RowsOnDevice:
@@ -48,34 +84,38 @@ class RowsOnDevice:
     def counted(self, step: Tensor, count: int) -> None:
         self._counter = step, _compat.version_of(step), count
 
-    def catch_up_ids(self, tensors: WithState, ids: Tensor) -> None:
-        on = tensors[0].device
+    def catch_up_ids(self, table: TableOnDevice, ids: Tensor) -> None:
+        on = table.param.device
         with device.DEVICE.current(on):
             flat = ids.detach().reshape(-1).to(on)
-            self.catch_up(tensors, torch.sort(flat).values)
-        increment_version(tensors[0])
+            self.catch_up(table, torch.sort(flat).values)
+        increment_version(table.param)
 
-    def catch_up(self, tensors: WithState, rows: range | Tensor) -> None:
+    def catch_up(self, table: TableOnDevice, rows: range | Tensor) -> None:
         """Catch up the rows in sorted ids, or in a range."""
-        history, on = self.stale.history, tensors[0].device
+        history, on = self.stale.history, table.param.device
+        frame = table.frame
         with device.DEVICE.current(on):
             kernels("triton_rows").catch_up(
                 self._dtype,
-                tuple(map(as_numbers, tensors)),
+                tuple(map(as_numbers, table[:3])),
                 self.stale.stamps,
                 rows,
                 self.stale.row_length,
                 self._uploaded.tensors(history, on),
                 self.stale.epsilon,
+                None if frame is None else frame_of_rows(frame, self.stale.rows),
+                table.seed,
+                table.stochastic,
             )
 
-    def catch_up_in_turn(self, tensors: WithState) -> None:
+    def catch_up_in_turn(self, table: TableOnDevice) -> None:
         """Catch up some rows, so that none is ever staler than the history goes back."""
         history, rows = self.stale.history, self.stale.rows
         cycle = history.entries // 2
         number = -(-rows // cycle)
         start = (history.steps - history.start) % cycle * number
-        self.catch_up(tensors, range(min(start, rows), min(start + number, rows)))
+        self.catch_up(table, range(min(start, rows), min(start + number, rows)))
 
 
 class _UploadedHistory:
@@ -147,7 +187,15 @@ class ExactLaunch:
             h.epsilon,
             self.flush,
         )
-        self.rows.catch_up_in_turn((param, exp_avg, exp_inf))
+        self.rows.catch_up_in_turn(
+            TableOnDevice.of(
+                (param, exp_avg, exp_inf),
+                self.launch.frame,
+                count + 1,
+                self.launch.position or 0,
+                self.launch.stochastic,
+            )
+        )
         with device.DEVICE.current(param.device):
             kernels("triton_rows").stamp_rows(
                 self.launch.ids, stale.rows, stale.stamps, stale.history.steps + 1

@@ -9,13 +9,23 @@ import torch
 from torch import Tensor
 
 from . import _compat, cuda, device, operations
-from .batch import FLOATS, PLAIN_TENSORS, Batch, Called, Scaling, Work, by_shape
+from .batch import (
+    FLOATS,
+    PLAIN_TENSORS,
+    Batch,
+    Called,
+    Scaling,
+    Work,
+    by_shape,
+    check_operands,
+    described,
+)
 from .cuda_exact import ExactLaunch
 from .device import triton_serves
 from .exact import Tables, part_of_step
 from .native import Call
 from .options import Options, check_count
-from .sparse import sparse_rows
+from .sparse import by_frames, every_row, has_rows, sparse_rows
 
 _IS_SPARSE, _IS_CPU, _DTYPE = map(attrgetter, ("is_sparse", "is_cpu", "dtype"))
 _NO_SCALING = Scaling()
@@ -51,22 +61,29 @@ def take_step(
 
     call, work = Call(scaling, called), []
     uploads = cuda.Uploads() if uploads is None else uploads
+    positions = _positions(groups)
     for batch, options in groups:
         if options.exact and tables is not None:
             batch, sparse = batch.by_layout()
             tables.check_dense(batch.params)
             for one in sparse.singles():
-                work += _prepare_exact(one, options, scaling, tables, call)
+                work += _prepare_exact(one, options, scaling, tables, call, positions)
         elif tables is not None:
             tables.check_lazy(batch.params)
         if batch.params:
             batch = _local(batch)
             _check_leaves(batch, options)
             for way, part in _ways(batch, options):
+                if way not in ("native", "triton") and options.needs_kernels:
+                    raise RuntimeError(
+                        f"state_dtype={options.state_dtype!r} and stochastic_rounding need "
+                        f"strided parameters on the CPU or, with Triton installed, on an "
+                        f"NVIDIA GPU, got {described(part.params[0])}"
+                    )
                 if way == "native":
                     work += _add_to(call, part, options, scaling, called)
                 elif way == "triton":
-                    work += cuda.prepare(part, options, scaling, called, uploads)
+                    work += cuda.prepare(part, options, scaling, called, uploads, positions)
                 else:
                     foreach, scale = way == "foreach", scaling.number
                     work += operations.prepare(
@@ -77,6 +94,14 @@ def take_step(
         each()
 
 
+def _positions(groups: Sequence[tuple[Batch, Options]]) -> cuda.Positions:
+    """Those of a step; nothing is rounded by random bits where all state is plain."""
+    if not any(options.needs_kernels for _, options in groups):
+        return cuda.Positions(0)
+    dense = (by_frames(batch.by_layout()[0])[0] for batch, _ in groups)
+    return cuda.Positions(sum(len(part.params) for part in dense))
+
+
 def _is_simple(batch: Batch, options: Options) -> bool:
     """Whether the native core may serve a group, whose gradients are dense."""
     return (
@@ -85,6 +110,7 @@ def _is_simple(batch: Batch, options: Options) -> bool:
         and _are_plain(batch.params)
         # To be refused by DLPack takes a sparse tensor more than a millisecond.
         and not any(map(_IS_SPARSE, batch.grads))
+        and not any(map(has_rows, batch.frames or ()))
     )
 
 
@@ -93,6 +119,10 @@ def _add_to(
 ) -> list[Work]:
     """Have a call of the native core step parameters; returns what it cannot do."""
     dense, sparse = batch.by_layout()
+    dense, of_rows = by_frames(dense)
+    for one in of_rows:
+        check_operands(one, called)
+        call.add_rows(one, options, every_row(one.grads[0]))
     call.add(dense, options)
     work: list[Work] = []
     for one in sparse.singles():
@@ -104,11 +134,16 @@ def _add_to(
 
 
 def _prepare_exact(
-    one: Batch, options: Options, scaling: Scaling, tables: Tables, call: Call
+    one: Batch,
+    options: Options,
+    scaling: Scaling,
+    tables: Tables,
+    call: Call,
+    positions: cuda.Positions,
 ) -> list[Work]:
     table, flush = tables.prepare(one, options)
     if table.on_device is not None:
-        launch = cuda.prepare_rows(one, options, scaling, tables.called)
+        launch = cuda.prepare_rows(one, options, scaling, tables.called, positions)
         count = table.on_device.count(one.steps[0])
         check_count(count, one.params[0], tables.called)
         return [ExactLaunch(launch, table.on_device, options, flush, int(count))]
@@ -184,4 +219,4 @@ def _local(batch: Batch) -> Batch:
         [part(tensor, param) for tensor, param in zip(column, batch.params, strict=True)]
         for column in batch.lists()[:4]
     )
-    return Batch(params, grads, exp_avgs, exp_infs, batch.steps)
+    return Batch(params, grads, exp_avgs, exp_infs, batch.steps, batch.frames)

@@ -19,11 +19,12 @@ from .._core.rule import Hyperparameters, Scalar
 from .._core.stale import StaleRows, TableLock, raise_problem, raise_stale
 from . import _compat, cuda
 from .batch import FLOATS, PLAIN_TENSORS, Batch, by_shape, check_state, described
-from .cuda_exact import RowsOnDevice, WithState
+from .cuda_exact import RowsOnDevice, TableOnDevice, WithState
 from .device import triton_serves
 from .native import LOOKUP
-from .options import NAMES, Options, state_dtype
-from .sparse import SparseRows
+from .options import NAMES, Options, kind_of, state_dtype, stored_dtype
+from .sparse import SparseRows, frame_of_rows
+from .state import is_compact
 
 _INDICES = 5  # in OPERANDS of the verbs
 
@@ -38,6 +39,7 @@ class Table:
         on_device: the same where the stamps are on a device.
         kind: of the parameter in the last step.
         state: of the parameter in the last step.
+        stochastic: whether a parameter of bfloat16 is rounded by random bits.
         renorms: whether a module may write to the parameter before it reads.
         version: of the parameter when it was last written to here, where anybody else who
             writes replaces it: in ``join()``, at whose end DistributedDataParallel does.
@@ -51,6 +53,7 @@ class Table:
         self.kind: tuple[Any, ...] = ()
         self.state: dict[str, Any] = {}
         self.renorms = False
+        self.stochastic = False
         self.version: int | None = None
 
     @property
@@ -147,7 +150,7 @@ class Tables:
             if ids.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
             if table.on_device is not None:
-                table.on_device.catch_up_ids(tensors, ids)
+                table.on_device.catch_up_ids(_on_device(tensors, table), ids)
             elif self._catch_up_rows(tensors, table.stale, ids, name):
                 self._wrote(param, table)
 
@@ -155,10 +158,7 @@ class Tables:
         self, tensors: WithState, stale: StaleRows, ids: Tensor, name: str
     ) -> int:
         result = kernels().catch_up_rows(
-            *tensors,
-            stale.stamps,
-            stale.history.arrays,
-            stale.epsilon,
+            self._of_catching_up(tensors, stale),
             ids.detach().reshape(-1).cpu(),
             torch.get_num_threads(),
         )
@@ -193,17 +193,14 @@ class Tables:
 
             def catch_up(start: int, stop: int) -> None:
                 if table.on_device is not None:
-                    table.on_device.catch_up(tensors, range(start, stop))
+                    rows = range(start, stop)
+                    table.on_device.catch_up(_on_device(tensors, table), rows)
                     return
-                threads = torch.get_num_threads()
                 result = kernels().catch_up_range(
-                    *tensors,
-                    stale.stamps,
-                    stale.history.arrays,
-                    stale.epsilon,
+                    self._of_catching_up(tensors, stale),
                     start,
                     stop,
-                    threads,
+                    torch.get_num_threads(),
                 )
                 if problem := problem_of(result):
                     raise_problem(problem, self.called(param), LOOKUP)
@@ -229,6 +226,16 @@ class Tables:
                 f"replaces parameters: call flush() at the end of the block"
             )
         return param, state["exp_avg"], state["exp_inf"]
+
+    def _of_catching_up(self, tensors: WithState, stale: StaleRows) -> tuple[Any, ...]:
+        """A table as the verbs that catch up rows take it."""
+        table = self._tables[tensors[0]]
+        frame = table.state.get("frame")
+        if frame is not None:
+            frame = frame_of_rows(frame, stale.rows)
+        seed = float(table.state["step"]) if _is_rounded(table) else 0.0
+        of_stale = stale.stamps, stale.history.arrays, stale.epsilon
+        return *tensors, frame, *of_stale, seed, table.stochastic
 
     def _wrote(self, param: Tensor, table: Table) -> None:
         increment_version(param)
@@ -290,7 +297,7 @@ class Tables:
             _start(param, table, options.hyperparameters, on_device)
         optimizer = self._optimizer()
         assert optimizer is not None
-        table.state = optimizer.state[param]
+        table.state, table.stochastic = optimizer.state[param], options.stochastic
         h = options.hyperparameters
         decay = rule.decay_factor(options.rate, options.decay)
         table.stale.check_settings(h.beta_1, h.beta_2, h.epsilon, decay, name)
@@ -301,19 +308,24 @@ class Tables:
         (param,), _, (exp_avg,), (exp_inf,), _ = one.lists()
         check_state(param, exp_avg, exp_inf, self.called)
         plain = all(type(t) in PLAIN_TENSORS for t in (param, exp_avg, exp_inf))
-        wanted = state_dtype(param.dtype)
+        wanted = [
+            stored_dtype(param.dtype, kind_of(exp_avg), of_state)
+            for of_state in ("exp_avg", "exp_inf")
+        ]
         fits = (
             cuda.in_place(one)
             if on_device
             else plain
             and param.dtype in FLOATS
             and param.is_cpu
-            and all(s.is_cpu and s.dtype is wanted for s in (exp_avg, exp_inf))
+            and exp_avg.is_cpu
+            and exp_inf.is_cpu
+            and [exp_avg.dtype, exp_inf.dtype] == wanted
         )
         if not fits:
             raise RuntimeError(
                 f"sparse='exact' needs a table on the CPU or, with Triton installed, a "
-                f"contiguous one on an NVIDIA GPU, and state of {wanted} beside it, got "
+                f"contiguous one on an NVIDIA GPU, and state of {wanted[0]} beside it, got "
                 f"{name}, a {described(param)}"
             )
 
@@ -343,6 +355,19 @@ class Tables:
             tensors = self._with_state(param, table)
             self._catch_up_rows(tensors, stale, rows.flat(), self.called(param))
             self._wrote(param, table)
+
+
+def _is_rounded(table: Table) -> bool:
+    """Whether stale rows are rounded by random bits."""
+    return table.stochastic or is_compact(table.state)
+
+
+def _on_device(tensors: WithState, table: Table) -> TableOnDevice:
+    """A table as the kernels that catch up rows take it."""
+    state, step = table.state, 0.0
+    if _is_rounded(table) and table.on_device is not None:
+        step = table.on_device.count(state["step"])
+    return TableOnDevice.of(tensors, state.get("frame"), step, 0, table.stochastic)
 
 
 def _kind(param: Tensor) -> tuple[Any, ...]:

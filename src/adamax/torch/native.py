@@ -25,8 +25,8 @@ from .batch import (
     check_state,
     described,
 )
-from .options import Options, check_count, state_dtype
-from .sparse import SparseRows, index_error
+from .options import Options, check_count, kind_of, state_dtype, stored_dtype
+from .sparse import SparseRows, frame_of_rows, index_error
 
 LOOKUP = "attach(model) with the outermost module, or lookup(weight, ids),"
 
@@ -90,6 +90,7 @@ class Call:
             exp_infs[:count],
             grads[:count],
             self._scalars(counts),
+            None if batch.frames is None else batch.frames[:count],
             [
                 self._table(part, each)
                 for part, each in zip(self._tables, counts[count:], strict=True)
@@ -129,7 +130,11 @@ class Call:
         if len(parts) == 1:
             return parts[0]
         columns = zip(*(part.lists() for part in parts), strict=True)
-        return Batch(*(list(chain.from_iterable(column)) for column in columns))
+        joined = Batch(*(list(chain.from_iterable(column)) for column in columns))
+        if any(part.frames is not None for part in parts):
+            frames = (part.frames or [None] * len(part.params) for part in parts)
+            joined.frames = list(chain.from_iterable(frames))
+        return joined
 
     def _scalars(self, counts: list[float]) -> Float64Array:
         """Those of dense parameters, ``(n, 8)``, or ``(1, 8)`` where all are alike."""
@@ -150,7 +155,10 @@ class Call:
         scalars = part.options.scalars(count, self._scaling.number)
         exact = None if part.exact is None else part.exact(scalars, h)
         tensors = map(rows.table, (param, exp_avg, exp_inf))
-        return (*tensors, rows.flat(), rows.values, scalars, exact)
+        frame = None
+        if part.batch.frames is not None and part.batch.frames[0] is not None:
+            frame = frame_of_rows(part.batch.frames[0], rows.count)
+        return (*tensors, rows.flat(), rows.values, scalars, frame, exact)
 
     # --- What does not fit ---------------------------------------------------------------
 
@@ -166,13 +174,16 @@ class Call:
             check_state(params[0], exp_avgs[0], exp_infs[0], self._called)
             values = _gradient(part.rows.values, params[0])
             part.rows = SparseRows(part.rows.indices.cpu(), values, part.rows.sizes)
-        wanted = [(state_dtype(param.dtype),) for param in params]
         exp_avgs, exp_infs = (
-            list(map(self._own, state, wanted)) for state in (exp_avgs, exp_infs)
+            [
+                self._own(state, (stored_dtype(param.dtype, kind_of(exp_avg), name),))
+                for state, param, exp_avg in zip(states, params, exp_avgs, strict=True)
+            ]
+            for name, states in (("exp_avg", exp_avgs), ("exp_inf", exp_infs))
         )
         of_counters = torch.float64, torch.float32, torch.int64
         steps = [self._own(step, of_counters) for step in steps]
-        part.batch = Batch(params, grads, exp_avgs, exp_infs, steps)
+        part.batch = Batch(params, grads, exp_avgs, exp_infs, steps, part.batch.frames)
 
     def _own(self, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         """``tensor``, or a copy of the first dtype, which is copied back."""

@@ -17,8 +17,9 @@ from .batch import (
     check_counter,
     check_operands,
     check_state,
+    described,
 )
-from .options import Options, check_count
+from .options import Options, check_count, kind_of
 from .sparse import SparseRows, sparse_rows
 
 
@@ -59,6 +60,7 @@ def prepare(
 
     Raises:
         IndexError: an index of a sparse gradient is out of range.
+        RuntimeError: compact state or stochastic rounding, which this has not.
         TypeError: a parameter that is neither float nor complex.
         ValueError: shapes that do not fit, or a step counter that is none.
     """
@@ -67,6 +69,13 @@ def prepare(
             raise TypeError(f"parameters must be float or complex, got {param.dtype}")
     dense, sparse = batch.by_layout()
     check_operands(dense, called)
+    for param, exp_avg in zip(batch.params, batch.exp_avgs, strict=True):
+        if options.needs_kernels or kind_of(exp_avg) != "float32":
+            raise RuntimeError(
+                f"compact state and stochastic_rounding need the compiled kernels, and "
+                f"those need tables whose rows lie in their order where gradients are "
+                f"sparse, got {called(param)}, a {described(param)}"
+            )
     work: list[Work] = []
     for one in sparse.singles():
         (param,), (grad,), (exp_avg,), (exp_inf,), _ = one.lists()

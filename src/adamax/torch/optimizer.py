@@ -21,19 +21,27 @@ from .cuda import Uploads
 from .device import triton_serves
 from .dispatch import take_step
 from .exact import Tables, check_betas
-from .options import DEFAULTS, Options
+from .options import DEFAULTS, Options, stored_dtype
 from .state import (
     check_checkpoint,
     check_parameter,
+    converted,
     counts_on,
-    new_state,
+    in_float32,
     new_step,
     pairs_of,
+    state_of,
 )
 
 # Of hundreds of parameters, by loops that are not in Python.
 _GRAD = attrgetter("grad")
 _EXP_AVG, _EXP_INF, _STEP = map(itemgetter, ("exp_avg", "exp_inf", "step"))
+
+
+def _is_opaque(group: dict[str, Any]) -> bool:
+    """Whether graphs of ``torch.compile`` have no operator for its step."""
+    compact = group["state_dtype"] != "float32" or group["stochastic_rounding"]
+    return bool(group["sparse"] == "exact" or compact)
 
 
 class Adamax(Optimizer):
@@ -85,6 +93,16 @@ class Adamax(Optimizer):
             GPU: call :meth:`attach` with the model, and :meth:`flush` before anything else
             reads a whole table. It excludes ``foreach``, ``fused=False``,
             ``differentiable``, ``capturable`` and L2 penalties.
+        state_dtype: how ``exp_avg`` and ``exp_inf`` are stored, for parameters of at most
+            32 bits that the compiled kernels serve, on the CPU and, where Triton is
+            installed, on NVIDIA GPUs. ``"float32"`` takes 8 bytes for each parameter.
+            ``"8bit"`` takes 2, and 4 more for each row of a table with sparse gradients:
+            ``exp_inf`` is stored in quarters of an octave from 1e-12 to 1e7, smaller ones
+            as 0. ``"bfloat16"`` takes 4. See docs/compact.md.
+        stochastic_rounding: round bfloat16 parameters up or down by random bits, so that
+            moves of less than half a unit in the last place count on average. The bits are
+            the same in each run. Like compact state it excludes ``foreach``,
+            ``fused=False``, ``differentiable`` and ``capturable``.
 
     If neither ``foreach`` nor ``fused`` is given, each parameter takes the fastest path
     that serves it: compiled kernels on the CPU and, where Triton is installed, on NVIDIA
@@ -125,6 +143,8 @@ class Adamax(Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         sparse: str = "lazy",
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         given = locals()
         defaults = {name: given[name] for name in DEFAULTS}
@@ -150,6 +170,8 @@ class Adamax(Optimizer):
             group = self.param_groups[-1]
             for param in group["params"]:
                 check_parameter(param)
+                for name in ("exp_avg", "exp_inf"):
+                    stored_dtype(param.dtype, group["state_dtype"], name)
             options = Options.from_group(group)
             if options.exact:
                 check_betas(options.hyperparameters, group["params"])
@@ -215,11 +237,7 @@ class Adamax(Optimizer):
         if not all(states):
             for param, state in zip(params, states, strict=True):
                 if not state:
-                    state.update(  # at once, for an interrupt
-                        step=new_step(param, group),
-                        exp_avg=new_state(param, "exp_avg"),
-                        exp_inf=new_state(param, "exp_inf"),
-                    )
+                    state.update(state_of(param, group))  # at once, for an interrupt
         exp_avgs += map(_EXP_AVG, states)
         exp_infs += map(_EXP_INF, states)
         steps += map(_STEP, states)
@@ -263,7 +281,7 @@ class Adamax(Optimizer):
         elif (
             self.defaults["differentiable"]
             or hasattr(self, "found_inf")
-            or any(group["sparse"] == "exact" for group in self.param_groups)
+            or any(map(_is_opaque, self.param_groups))
         ):
             self._step_outside_graphs()
         else:
@@ -286,6 +304,9 @@ class Adamax(Optimizer):
                 for group, options in groups:
                     batch = Batch([], [], [], [], [])
                     self._init_group(group, *batch.lists())
+                    if options.state_dtype == "8bit":
+                        states = self._states_of(batch.params)
+                        batch.frames = [state.get("frame") for state in states]
                     if batch.params:
                         batches.append((batch, options))
                 take_step(batches, scaling, self._tables, self._uploads)
@@ -424,21 +445,32 @@ class Adamax(Optimizer):
 
     # --- Checkpoints ---------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, state_dtype: str | None = None) -> dict[str, Any]:
         """See :meth:`torch.optim.Optimizer.state_dict`.
+
+        State is as it is stored. With ``state_dtype="float32"`` compact state is converted
+        to what any Adamax can load.
 
         With ``sparse="exact"`` all rows are caught up first, the parameters' too, so that
         it is the checkpoint of a dense optimizer: save a model that is not attached after
         this, not before.
         """
+        if state_dtype not in (None, "float32"):
+            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
         with self._tables.lock.held:
             self.flush()
-            return super().state_dict()
+            saved = super().state_dict()
+        if state_dtype is not None:
+            saved["state"] = {i: in_float32(state) for i, state in saved["state"].items()}
+            for group in saved["param_groups"]:
+                group["state_dtype"] = state_dtype
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of :class:`torch.optim.Adamax`.
 
-        The state of 16-bit parameters is cast to float32, not to their dtype.
+        The state of 16-bit parameters is cast to float32, not to their dtype. State is
+        stored as this optimizer's ``state_dtype`` says, however it was saved.
 
         Raises:
             TypeError: an option of the wrong type.
@@ -450,6 +482,7 @@ class Adamax(Optimizer):
         """
         self._tables.check_none_is_stale("you load weights and state")
         loaded: dict[str, Any] = {}
+        kinds = [group["state_dtype"] for group in self.param_groups]
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
             # Runs last of the hooks before loading, so sees what will be loaded.
@@ -457,12 +490,14 @@ class Adamax(Optimizer):
             check_checkpoint(self, state_dict)
 
         def restore(_: Optimizer) -> None:
+            for group, kind in zip(self.param_groups, kinds, strict=True):
+                group["state_dtype"] = kind
             group_of = {p: group for group in self.param_groups for p in group["params"]}
             for param, given in pairs_of(self, loaded):
                 state = self.state[param]
-                for name in ("exp_avg", "exp_inf"):
-                    # On the device and in the memory order of the parameter.
-                    state[name] = new_state(param, name).copy_(given[name])
+                state.pop("frame", None)
+                # On the device and in the memory order of the parameter.
+                state.update(converted(param, given, group_of[param]["state_dtype"]))
                 # Else it is the checkpoint's, or where that optimizer counted.
                 device = counts_on(param, group_of[param])
                 state["step"] = state["step"].to(device, copy=True)

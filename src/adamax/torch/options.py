@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import rule
+from .._core import compact, rule
 from .._core.kernels import Float64Array
 from .._core.rule import Hyperparameters
 from . import device
@@ -28,6 +28,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "fused": None,
         "decoupled_weight_decay": False,
         "sparse": "lazy",
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     }
 )
 # What messages call a hyperparameter, where that differs.
@@ -56,6 +58,8 @@ class Options:
         capturable: step counters are on the device.
         differentiable: autograd may record the step.
         exact: rows of tables are stepped by ``sparse="exact"``.
+        state_dtype: how new state is stored.
+        stochastic: whether bfloat16 parameters are rounded by random bits.
     """
 
     hyperparameters: Hyperparameters
@@ -68,6 +72,8 @@ class Options:
     capturable: bool
     differentiable: bool
     exact: bool
+    state_dtype: str
+    stochastic: bool
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any], reads_lr: bool = False) -> "Options":
@@ -96,6 +102,7 @@ class Options:
         weight_decay = hyperparameters.weight_decay
         if exact:
             _check_exact(group)
+        _check_compact(group, hyperparameters, path)
         return cls(
             hyperparameters=hyperparameters,
             lr=lr,
@@ -107,7 +114,14 @@ class Options:
             capturable=group["capturable"],
             differentiable=group["differentiable"],
             exact=exact,
+            state_dtype=group["state_dtype"],
+            stochastic=group["stochastic_rounding"],
         )
+
+    @property
+    def needs_kernels(self) -> bool:
+        """Whether only the compiled kernels will do."""
+        return self.state_dtype != "float32" or self.stochastic
 
     @property
     def rate(self) -> float:
@@ -130,6 +144,8 @@ class Options:
             rule.decay_factor(rate, self.decay),
             -scale if self.maximize else scale,
             self.coupled_decay,
+            seed=count + 1,
+            stochastic=self.stochastic,
         )
 
 
@@ -160,6 +176,21 @@ def _path(group: Mapping[str, Any]) -> tuple[str, bool]:
     if fused is False or (foreach is False and not fused):
         return "loop", False
     return "compiled", bool(fused)
+
+
+def _check_compact(group: Mapping[str, Any], h: Hyperparameters, path: str) -> None:
+    """Raise for options that compact state and stochastic rounding exclude."""
+    kind = compact.check_state_dtype(group["state_dtype"])
+    stochastic = group["stochastic_rounding"]
+    if not isinstance(stochastic, bool):
+        raise TypeError(f"stochastic_rounding must be a bool, got {stochastic!r}")
+    if kind == "8bit":
+        compact.check_betas(h.beta_1, h.beta_2, "betas")
+    if (kind != "float32" or stochastic) and (path != "compiled" or group["capturable"]):
+        what = f"state_dtype={kind!r}" if kind != "float32" else "stochastic_rounding=True"
+        raise RuntimeError(
+            f"{what} excludes foreach, fused=False, differentiable and capturable"
+        )
 
 
 def _check_exact(group: Mapping[str, Any]) -> None:
@@ -214,3 +245,31 @@ def _validated(
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the state of a parameter: its own, but float32 for 16 bits."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def kind_of(exp_avg: Tensor) -> str:
+    """How existing state is stored."""
+    kinds = {torch.int8: "8bit", torch.bfloat16: "bfloat16"}
+    return kinds.get(exp_avg.dtype, "float32")
+
+
+def stored_dtype(dtype: torch.dtype, kind: str, name: str) -> torch.dtype:
+    """The dtype of ``exp_avg`` or ``exp_inf`` for a parameter of ``dtype``.
+
+    Args:
+        dtype: of the parameter.
+        kind: of the state: ``"float32"``, ``"bfloat16"`` or ``"8bit"``.
+        name: of the state.
+
+    Raises:
+        ValueError: compact state for numbers that are not real, or of more than 32 bits.
+    """
+    if kind == "float32":
+        return state_dtype(dtype)
+    if state_dtype(dtype) is not torch.float32:
+        raise ValueError(
+            f"state_dtype={kind!r} needs real parameters of at most 32 bits, got {dtype}"
+        )
+    if kind == "bfloat16":
+        return torch.bfloat16
+    return torch.int8 if name == "exp_avg" else torch.uint8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _compat
-from .batch import Called
+from .batch import Batch, Called
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,36 @@ class SparseRows:
 def index_error(position: object, sizes: Sequence[int], index: object) -> IndexError:
     inside = f"[0, {sizes[0]})" if len(sizes) == 1 else f"the shape {tuple(sizes)}"
     return IndexError(f"indices[{position}] must be in {inside}, got {index}")
+
+
+def every_row(gradient: Tensor) -> SparseRows:
+    """A dense gradient as one of all rows."""
+    rows = torch.arange(len(gradient), device=gradient.device)
+    return SparseRows(rows[None], gradient, (len(gradient),))
+
+
+def by_frames(dense: Batch) -> tuple[Batch, list[Batch]]:
+    """Parameters with dense gradients: those with one frame or none, and the others.
+
+    Where 8-bit state has a frame for each row, only the kernels for rows can update it, one
+    parameter after the other.
+    """
+    if dense.frames is None or not any(map(has_rows, dense.frames)):
+        return dense, []
+    parts = dense.split(list(map(has_rows, dense.frames)))
+    return parts.get(False, Batch([], [], [], [], [])), parts[True].singles()
+
+
+def has_rows(frame: Tensor | None) -> bool:
+    """Whether 8-bit state is of rows."""
+    return frame is not None and frame.numel() != 1
+
+
+def frame_of_rows(frame: Tensor, rows: int) -> Tensor:
+    """The frame of 8-bit state, which gets one number for each row."""
+    if frame.numel() != rows:
+        frame.data = frame.detach().expand(rows).clone()
+    return frame
 
 
 def sparse_rows(param: Tensor, gradient: Tensor, called: Called) -> SparseRows:

@@ -19,6 +19,14 @@ from .triton import (
     rounded,
     update,
 )
+from .triton_compact import (
+    frame_after,
+    load_state,
+    mixed,
+    rounded_parameter,
+    scales_of,
+    store_state,
+)
 
 _TILE = 16  # repeats that are added at once
 _CHUNK = 128  # repeats that are summed beforehand
@@ -35,6 +43,8 @@ def rows_step(
     scalars: Tensor,
     found_inf: Tensor | None,
     coupled: bool,
+    scales: Tensor | None,
+    stochastic: bool,
 ) -> None:
     """One step of the rule on the rows that a gradient has values for.
 
@@ -44,9 +54,11 @@ def rows_step(
         indices: sorted, and the place that each had.
         rows: of the table.
         row_length: numbers in a row.
-        scalars: ``(1, 8)``, as ``advance`` has written them.
+        scalars: of one parameter, as ``advance`` has written them.
         found_inf: not 0 where there is to be no step.
         coupled: whether there is coupled decay.
+        scales: of 8-bit state, as :func:`advance_frames` has written them.
+        stochastic: whether parameters, of bfloat16, are rounded by random bits.
     """
     w, m, u, values = tensors
     ids, order = indices
@@ -55,7 +67,8 @@ def rows_step(
     blocks = {"NUMBER": number_of(dtype), "TILE": _TILE, "CHUNK": _CHUNK, "BLOCK": width}
     warps = max(1, width // 128)
     # Room for the sums of those chunks that are all of one index.
-    sums = m.new_empty((len(ids) // _CHUNK, row_length))
+    of_sums = torch.float64 if dtype is torch.float64 else torch.float32
+    sums = m.new_empty((len(ids) // _CHUNK, row_length), dtype=of_sums)
     if len(sums):
         _sum_chunks[(len(sums), columns)](
             values, ids, order, sums, row_length, **blocks, num_warps=warps
@@ -69,15 +82,47 @@ def rows_step(
         order,
         sums,
         scalars,
+        scales,
         found_inf,
         len(ids),
         rows,
         row_length,
         COUPLED=coupled,
+        STOCHASTIC=stochastic,
         **blocks,
         num_warps=warps,
         **_ASSERTS,
     )
+
+
+def advance_frames(
+    frames: Tensor, ids: Tensor, shift: float, found_inf: Tensor | None
+) -> Tensor:
+    """Advance the frames of the rows in sorted ``ids``, by which 8-bit state has decayed.
+
+    Args:
+        frames: one for each row of the table.
+        ids: sorted.
+        shift: what is added.
+        found_inf: not 0 where there is to be no step.
+
+    Returns:
+        The scales of the step: three at the first place of each row.
+    """
+    scales = frames.new_empty((len(ids), 3))
+    _advance_frames[(triton.cdiv(len(ids), COUNTERS),)](
+        frames,
+        ids,
+        len(ids),
+        len(frames),
+        bits(shift),
+        found_inf,
+        scales,
+        BLOCK=COUNTERS,
+        num_warps=WARPS,
+        **_ASSERTS,
+    )
+    return scales
 
 
 def stamp_rows(ids: Tensor, rows: int, stamps: Tensor, step: int) -> None:
@@ -103,8 +148,24 @@ def catch_up(
     row_length: int,
     history: tuple[Tensor, Tensor, Tensor],
     epsilon: float,
+    frames: Tensor | None,
+    seed: int,
+    stochastic: bool,
 ) -> None:
-    """Bring rows up to date with a history: a range of them, or those in sorted ids."""
+    """Bring rows up to date with a history: a range of them, or those in sorted ids.
+
+    Args:
+        dtype: of the table, of real numbers.
+        tensors: w, m and u.
+        stamps: of all rows.
+        rows: which.
+        row_length: numbers in a row.
+        history: the arrays of :class:`adamax._core.exact.History`.
+        epsilon: of the rule.
+        frames: of 8-bit state, one for each row.
+        seed: of random bits, as an int64.
+        stochastic: whether parameters, of bfloat16, are rounded by random bits.
+    """
     if not (len(rows) and row_length):
         return
     width = _width(row_length)
@@ -117,6 +178,9 @@ def catch_up(
         row_length,
         *history,
         bits(epsilon),
+        frames,
+        seed,
+        STOCHASTIC=stochastic,
         NUMBER=number_of(dtype),
         ENTRIES=history[0].shape[0],
         TERMS=history[0].shape[1],
@@ -198,6 +262,23 @@ def _add_rows(
 # --- The rule --------------------------------------------------------------------------
 
 
+@triton.jit(do_not_specialize=["n", "rows", "shift"])
+def _advance_frames(frames, ids, n, rows, shift, found_inf, scales, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids + i, mask=i < n, other=-1).to(tl.int64)
+    last = tl.load(ids + i - 1, mask=(i > 0) & (i < n), other=-1)
+    chosen = (row >= 0) & (row < rows) & (last != row)
+    before = tl.load(frames + row, mask=chosen, other=0.0)
+    after = frame_after(before, float64_of(shift))
+    if found_inf is not None:
+        after = tl.where(tl.load(found_inf) == 0, after, before)
+    tl.store(frames + row, after, mask=chosen)
+    of_old_u, of_u, of_m = scales_of(before, after)
+    tl.store(scales + 3 * i, of_old_u.to(tl.float32), mask=chosen)
+    tl.store(scales + 3 * i + 1, of_u.to(tl.float32), mask=chosen)
+    tl.store(scales + 3 * i + 2, of_m.to(tl.float32), mask=chosen)
+
+
 @triton.jit(do_not_specialize=["n", "rows"])
 def _rows_step(
     w,
@@ -208,12 +289,14 @@ def _rows_step(
     order,
     sums,
     scalars,
+    scales,
     found_inf,
     n,
     rows,
     row_length,
     NUMBER: tl.constexpr,
     COUPLED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -227,8 +310,13 @@ def _rows_step(
     if found_inf is not None:
         updates = updates & (tl.load(found_inf) == 0)
     if updates:
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        of_block = tl.program_id(1) * BLOCK
+        column = of_block + tl.arange(0, BLOCK)
         inside = column < row_length
+        if scales is None:
+            of_row = scalars  # not used
+        else:
+            of_row = scales + 3 * start
         place = tl.load(order + start)
         g = tl.load(values + place * row_length + column, mask=inside, other=0.0).to(NUMBER)
         start += 1
@@ -251,7 +339,20 @@ def _rows_step(
                 g, values, ids, order, row, start, n, column, row_length, NUMBER, TILE
             )
         at = row * row_length + column
-        update(w + at, m + at, u + at, g, inside, scalars, NUMBER, COUPLED)
+        update(
+            w + at,
+            m + at,
+            u + at,
+            g,
+            inside,
+            scalars,
+            of_row,
+            row * row_length + of_block,
+            NUMBER,
+            COUPLED,
+            STOCHASTIC,
+            BLOCK,
+        )
 
 
 # --- Stale rows ------------------------------------------------------------------------
@@ -273,7 +374,7 @@ def _stamp_rows(ids, n, rows, stamps, step, BLOCK: tl.constexpr):
     tl.store(stamps + row, step.to(tl.int32), mask=chosen)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "epsilon"])
+@triton.jit(do_not_specialize=["first", "rows", "epsilon", "seed"])
 def _catch_up(
     w,
     m,
@@ -287,6 +388,9 @@ def _catch_up(
     products,
     clock,
     epsilon,
+    frames,
+    seed,
+    STOCHASTIC: tl.constexpr,
     NUMBER: tl.constexpr,
     ENTRIES: tl.constexpr,
     TERMS: tl.constexpr,
@@ -317,14 +421,20 @@ def _catch_up(
         of_m = _product(products, clock, since, 1, ENTRIES).to(NUMBER)
         of_u = _product(products, clock, since, 2, ENTRIES).to(NUMBER)
         added = rounded(float64_of(epsilon), NUMBER)
+        of_bits = mixed(seed.to(tl.int64).to(tl.uint64))
+        if frames is None:
+            scale, scale_u, scale_m = of_u, of_u, of_u  # not used
+        else:
+            frame = tl.load(frames + row)
+            after = frame_after(frame, tl.log2(of_u.to(tl.float64)) * -4.0)
+            scale, scale_u, scale_m = scales_of(frame, after)
         of_row = sums + since % ENTRIES * TERMS
         for start in range(0, row_length, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < row_length
             at = row * row_length + column
             old_w = tl.load(w + at, mask=inside)
-            old_m = tl.load(m + at, mask=inside)
-            old_u = tl.load(u + at, mask=inside)
+            old_m, old_u = load_state(m + at, u + at, inside, scale, NUMBER)
             denominator = old_u + added
             two_t = 4 * quotient(old_u, denominator) - 2
             # Clenshaw's recurrence for a Chebyshev series in t = 2 * x - 1.
@@ -337,10 +447,28 @@ def _catch_up(
                 newer = following
             series = (tl.load(of_row) * later).to(NUMBER) + 0.5 * two_t * newer - older
             new_w = of_w * old_w.to(NUMBER) - quotient(old_m, denominator) * series
-            tl.store(w + at, new_w.to(old_w.dtype), mask=inside)
-            tl.store(m + at, of_m * old_m, mask=inside)
-            tl.store(u + at, of_u * old_u, mask=inside)
+            number = row * row_length + start
+            stored = rounded_parameter(
+                new_w, of_bits, number, old_w.dtype, STOCHASTIC, BLOCK
+            )
+            tl.store(w + at, stored, mask=inside)
+            store_state(
+                m + at,
+                u + at,
+                of_m * old_m,
+                of_u * old_u,
+                inside,
+                scale_u,
+                scale_m,
+                of_bits,
+                number,
+                BLOCK,
+            )
+        # One thread stores what every warp has read for itself, perhaps not yet.
+        tl.debug_barrier()
         tl.store(stamps + row, now)
+        if frames is not None:
+            tl.store(frames + row, after)
 
 
 @triton.jit
