@@ -141,7 +141,10 @@ SAME_VALUE(kMinorVersion, XLA_FFI_API_MINOR);
 SAME_VALUE(kMetadata, XLA_FFI_Extension_Metadata);
 SAME_VALUE(kBuffer, XLA_FFI_ArgType_BUFFER);
 SAME_VALUE(kBuffer, XLA_FFI_RetType_BUFFER);
+SAME_VALUE(DataType::kInt8, XLA_FFI_DataType_S8);
 SAME_VALUE(DataType::kInt32, XLA_FFI_DataType_S32);
+SAME_VALUE(DataType::kUInt8, XLA_FFI_DataType_U8);
+SAME_VALUE(DataType::kUInt32, XLA_FFI_DataType_U32);
 SAME_VALUE(DataType::kFloat16, XLA_FFI_DataType_F16);
 SAME_VALUE(DataType::kFloat32, XLA_FFI_DataType_F32);
 SAME_VALUE(DataType::kFloat64, XLA_FFI_DataType_F64);
@@ -262,7 +265,7 @@ def test_the_source_lists_all_handlers():
         pytest.skip("needs the source of the native core")
     listed = re.findall(r"^//   (adamax_\w+) ", source.read_text(encoding="utf-8"), re.M)
     assert sorted(listed) == sorted(verbs.xla_handlers())
-    assert len(listed) == 8
+    assert len(listed) == 13
 
 
 def test_subnormal_numbers_are_kept_and_the_caller_flushes_them_still():
@@ -312,8 +315,9 @@ def test_optax_is_needed_for_the_optimizer_alone(run_python):
 
 def test_public_names_are_those_that_are_listed():
     assert sorted(adamax.jax.__all__) == [
-        "Adamax", "IndexedSlices", "adamax", "apply_updates", "global_norm", "lookup",
-        "on_rows", "psum", "scale_by_adamax", "sum_repeats", "value_and_sparse_grad",
+        "Adamax", "CompactState", "IndexedSlices", "adamax", "apply_updates",
+        "convert_state", "global_norm", "lookup", "on_rows", "psum", "scale_by_adamax",
+        "sum_repeats", "value_and_sparse_grad",
     ]  # fmt: skip
     assert all(hasattr(adamax.jax, name) for name in adamax.jax.__all__)
     assert set(adamax.jax.__all__) <= set(dir(adamax.jax))

@@ -8,6 +8,11 @@
 //
 //   adamax_dense         w, m, u, g, scalars -> w, m, u
 //   adamax_rows          w, m, u, indices, values, scalars -> w, m, u
+//   adamax_rounded_dense w, m, u, g, scalars, random -> w, m, u
+//   adamax_rounded_rows  w, m, u, indices, values, scalars, random -> w, m, u
+//   adamax_8bit_dense    w, m, u, frame, g, scalars, random -> w, m, u, frame
+//   adamax_8bit_rows     w, m, u, frame, indices, values, scalars, random
+//                        -> w, m, u, frame
 //   adamax_exact_step    w, m, u, stamps, indices, values, scalars, history
 //                        -> w, m, u, stamps; also brings the rows in turn to the step
 //                        before
@@ -17,13 +22,16 @@
 //                        distinct rows, ascending, and the sum of each; what is left over
 //                        has zeros, and indices of no row
 //   adamax_put           array, indices, rows -> array
+//   adamax_8bit_put      the same for arrays of the codes of state
 //   adamax_add           array, indices, values -> array
 //
 // `scalars` are of the state's dtype: the step size, the decay factor, 1 - beta_1, beta_2
-// and epsilon. `history`: see StateHistory. Indices and stamps are int32.
+// and epsilon. `history`: see StateHistory. Indices and stamps are int32. For `frame`,
+// `random` and the `scalars` beside it see xla_compact.hpp.
 
 #include "xla_rows.hpp"
 
+#include "xla_compact.hpp"
 #include "xla_exact.hpp"
 
 namespace adamax::xla {
@@ -139,11 +147,16 @@ constexpr struct {
 } kHandlers[] = {
     {"adamax_dense", handle<dense, 5, 3, true>},
     {"adamax_rows", handle<rows, 6, 3, true>},
+    {"adamax_rounded_dense", handle<rounded_dense, 6, 3, true>},
+    {"adamax_rounded_rows", handle<rounded_rows, 7, 3, true>},
+    {"adamax_8bit_dense", handle<dense_8bit, 7, 4, true>},
+    {"adamax_8bit_rows", handle<rows_8bit, 8, 4, true>},
     {"adamax_exact_step", handle<exact_step, 13, 4, true>},
     {"adamax_exact_flush", handle<exact_flush, 10, 4, true>},
     {"adamax_exact_lookup", handle<exact_lookup, 11, 1, false>},
     {"adamax_sum", handle<sum, 3, 2, false>},
     {"adamax_put", handle<put, 3, 1, true>},
+    {"adamax_8bit_put", handle<put, 3, 1, true>},
     {"adamax_add", handle<add, 3, 1, true>},
 };
 

@@ -1,0 +1,144 @@
+"""The rule on one parameter whose state is compact, or that is rounded by random bits.
+
+As ``rule.py``, with two more operands: the frame of 8-bit state, and ``random``, see
+:func:`.compact.random_of_leaves`. The scalars are float32, and one more says what rounding
+has left out of ``beta_2``.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .compact import decode, encode, frame_after, positions, random_bits, round_bfloat16
+from .primitives import FLOATS, primitive
+from .rows import IndexedSlices, put_rows, sum_repeats, table_rows
+from .rule import StepScalars, stepped
+
+State = Sequence[jax.Array]  # mu, nu, and the frame of 8-bit state
+
+
+def scalars_of(step: StepScalars, decays: bool, as_update: bool) -> jax.Array:
+    """The scalars of a step, as the functions below take them."""
+    rest = 0.0
+    if isinstance(step.b2, float):
+        rest = step.b2 - float(np.float32(step.b2))
+    scalars = step.array(jnp.float32, decays, as_update)
+    return jnp.concatenate([scalars, jnp.full(1, rest, jnp.float32)])
+
+
+def _stepped(
+    param: jax.Array,
+    state: State,
+    gradient: jax.Array,
+    scalars: jax.Array,
+    random: jax.Array,
+    numbers: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The parameter and its state after a step; ``numbers`` are those of the elements."""
+    m, u, *frames = state
+    if frames:
+        m, u = decode(m, u, *frames)
+    wide = jnp.float32
+    moments = m.astype(wide), u.astype(wide)
+    w, m, u = stepped(param.astype(wide), *moments, gradient, scalars)
+    if param.dtype == jnp.bfloat16:
+        by_random_bits = round_bfloat16(w, random_bits(random, 0, numbers))
+        w = jnp.where(random[2] != 0, by_random_bits, w.astype(jnp.bfloat16))
+    w = w.astype(param.dtype)
+    if frames:
+        (frame,) = frames
+        frame = frame_after(frame, scalars[3], scalars[5])
+        return w, *encode(m, u, frame, random_bits(random, 1, numbers)), frame
+    if state[0].dtype == jnp.bfloat16:
+        bits = (random_bits(random, operand, numbers) for operand in (1, 2))
+        m, u = map(round_bfloat16, (m, u), bits)
+    return w, m, u
+
+
+def _updated_rows(
+    param: jax.Array,
+    state: State,
+    slices: IndexedSlices,
+    scalars: jax.Array,
+    random: jax.Array,
+) -> tuple[IndexedSlices, IndexedSlices, tuple[jax.Array, ...]]:
+    """The touched rows of a parameter before and after a step, and its state after it.
+
+    A ``param`` without axes stands for all of its rows.
+    """
+    of_table = state[0].shape
+    rows = sum_repeats(slices, of_table[0])
+    before = table_rows(param, rows) if param.ndim else param
+    of_rows = [table_rows(array, rows) for array in state]
+    places = positions(of_table[1:])
+    first = rows.indices.astype(jnp.uint32) * np.uint32(math.prod(of_table[1:]) % 2**32)
+    numbers = first.reshape(-1, *(1,) * places.ndim) + places
+    after, *new = _stepped(before, of_rows, rows.values, scalars, random, numbers)
+    put = (put_rows(old, rows, part) for old, part in zip(state, new, strict=True))
+    return replace(rows, values=before), replace(rows, values=after), tuple(put)
+
+
+def _dense(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    *state, gradient, scalars, random = operands
+    numbers = positions(state[0].shape)
+    return _stepped(param, state, gradient, scalars, random, numbers)
+
+
+def _rows(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    *state, indices, values, scalars, random = operands
+    slices = IndexedSlices(values, indices)
+    _, rows, new = _updated_rows(param, state, slices, scalars, random)
+    return put_rows(param, rows, rows.values), *new
+
+
+_verbs = {
+    (_dense, False): primitive("rounded_dense", _dense, in_place=3),
+    (_dense, True): primitive("8bit_dense", _dense, in_place=4),
+    (_rows, False): primitive("rounded_rows", _rows, in_place=3),
+    (_rows, True): primitive("8bit_rows", _rows, in_place=4),
+}
+
+
+def take_step(
+    param: jax.Array, state: State, gradient: Any, scalars: jax.Array, random: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The parameter and its state after a step, in one pass if possible."""
+    rule, of_gradient = _dense, [gradient]
+    if isinstance(gradient, IndexedSlices):
+        rule, of_gradient = _rows, [gradient.indices, jnp.asarray(gradient.values)]
+    has_verb = {param.dtype, of_gradient[-1].dtype} <= FLOATS
+    has_verb = has_verb and param.dtype != jnp.float64
+    run = _verbs[rule, len(state) == 3].bind if has_verb else rule
+    return tuple(run(param, *state, *of_gradient, scalars, random))
+
+
+@functools.partial(jax.jit, static_argnames="is_difference", inline=True)
+def take_update(
+    param: jax.Array,
+    state: State,
+    gradient: Any,
+    scalars: jax.Array,
+    random: jax.Array,
+    *,
+    is_difference: bool,
+) -> tuple[Any, ...]:
+    """What is to be added to a parameter, and its state after a step.
+
+    Where it ``is_difference``, scalars are those of a step, and the sum is what random bits
+    have made of the parameter; else they are those of an update.
+    """
+    if isinstance(gradient, IndexedSlices):
+        before, after, moments = _updated_rows(param, state, gradient, scalars, random)
+        if is_difference:
+            after = replace(after, values=after.values - before.values)
+        # lax.cond wants updates to have the structure of the gradients, to the last flag.
+        flags = {"distinct": gradient.distinct, "current": gradient.current}
+        return replace(after, **flags), *moments
+    w, *new = _dense(param, *state, gradient, scalars, random)
+    return w - param if is_difference else w, *new
