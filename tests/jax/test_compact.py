@@ -121,7 +121,7 @@ def test_updates_and_steps_are_the_same(rng, kind):
 
 @paths
 def test_the_numbers_are_those_of_numpy(rng, path):
-    """Numbers for a step are float32 in JAX, so now and then a code differs by one."""
+    """``step`` has the same codes; of ``update`` XLA may round one another way."""
     steps = [jnp.asarray(values(rng, (40, 5), "float32")) for _ in range(12)]
     optimizer = adamax.Adamax(0.01, epsilon=1e-8, state_dtype="8bit")
     array, param = np.ones((40, 5), np.float32), jnp.ones((40, 5))
@@ -134,10 +134,11 @@ def test_the_numbers_are_those_of_numpy(rng, path):
         optimizer.apply_gradients([(np.asarray(g), array)])
         param, state = stepper(path, "8bit")(param, state, g)
     ours, theirs = state[0], optimizer.state_dict()
-    assert np.mean(np.asarray(ours.mu) != theirs["0.m"]) < 0.03
-    assert np.mean(np.asarray(ours.nu) != theirs["0.u"]) < 0.01
+    different = 0 if path == "step" else 0.03
+    assert np.mean(np.asarray(ours.mu) != theirs["0.m"]) <= different
+    assert np.mean(np.asarray(ours.nu) != theirs["0.u"]) <= different
     np.testing.assert_allclose(ours.frame, theirs["0.frame"], atol=1e-6)
-    assert np.mean(abs(np.asarray(param) - array) > 1e-6) < 0.05
+    assert np.mean(abs(np.asarray(param) - array) > 1e-6) <= different
     np.testing.assert_allclose(param, array, atol=2e-3)
 
 
@@ -343,15 +344,16 @@ def test_a_state_of_optax_goes_on_in_8_bits(rng):
 def test_random_bits_are_those_of_the_core():
     for count in (1, 12345, 2**31 - 1):
         random = compact.random_of_leaves(jnp.int32(count), 5, True)
-        assert random.shape == (5, 9)
+        assert random.shape == (5, 15)
         for leaf in range(5):
             seed = mathematics.seed_of(count, leaf)
             words = [seed % 2**32, seed >> 32, 1]
             assert np.asarray(random[leaf, :3]).tolist() == words
-            for operand in range(3):
+            for operand in range(6):
                 ours = compact.random_bits(random[leaf], operand, compact.positions((7, 5)))
-                numbers = np.arange(35).reshape(7, 5)
-                assert_same_bits(ours, mathematics.random_bits(seed, operand, numbers))
+                numbers, of_gap = np.arange(35).reshape(7, 5), operand >= 3
+                core = (seed ^ 2**64 - 1, operand - 3) if of_gap else (seed, operand)
+                assert_same_bits(ours, mathematics.random_bits(*core, numbers))
 
 
 def test_codes_are_those_of_the_core(rng):
@@ -434,19 +436,6 @@ def test_arguments_are_checked():
     optimizer = make(0.1, stochastic_rounding=True)
     with pytest.raises(ValueError, match=r"^with stochastic_rounding the parameters must"):
         optimizer.update(w, optimizer.init(w))
-
-
-@pytest.mark.parametrize(
-    "chosen", [{"state_dtype": "8bit"}, {"stochastic_rounding": True}], ids=str
-)
-def test_exact_updates_are_refused(chosen):
-    message = r"with sparse='exact' is not available in JAX$"
-    for sparse in ("exact", {"a": "exact", "b": "lazy"}):
-        with pytest.raises(ValueError, match=message):
-            make(0.1, sparse=sparse, **chosen)
-    optimizer = make(0.1, sparse=lambda params: "exact", **chosen)
-    with pytest.raises(ValueError, match=message):
-        optimizer.init(jnp.ones((3, 2)))
 
 
 def changed(**parts):

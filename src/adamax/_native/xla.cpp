@@ -18,6 +18,17 @@
 //                        before
 //   adamax_exact_flush   w, m, u, stamps, history -> w, m, u, stamps
 //   adamax_exact_lookup  w, m, u, stamps, indices, history -> rows, of its own
+//   adamax_exact_rounded_step    w, m, u, stamps, indices, values, scalars, random, history
+//                                -> w, m, u, stamps
+//   adamax_exact_rounded_flush   w, m, u, stamps, random, history -> w, m, u, stamps
+//   adamax_exact_rounded_lookup  w, m, u, stamps, indices, random, history
+//                                -> rows, of its own
+//   adamax_exact_8bit_step       w, m, u, stamps, frame, indices, values, scalars, random,
+//                                history -> w, m, u, stamps, frame
+//   adamax_exact_8bit_flush      w, m, u, stamps, frame, random, history
+//                                -> w, m, u, stamps, frame
+//   adamax_exact_8bit_lookup     w, m, u, stamps, frame, indices, random, history
+//                                -> rows, of its own
 //   adamax_sum           indices, values, number of rows -> indices, sums, of its own:
 //                        distinct rows, ascending, and the sum of each; what is left over
 //                        has zeros, and indices of no row
@@ -154,6 +165,12 @@ constexpr struct {
     {"adamax_exact_step", handle<exact_step, 13, 4, true>},
     {"adamax_exact_flush", handle<exact_flush, 10, 4, true>},
     {"adamax_exact_lookup", handle<exact_lookup, 11, 1, false>},
+    {"adamax_exact_rounded_step", handle<exact_rounded_step, 14, 4, true>},
+    {"adamax_exact_rounded_flush", handle<exact_rounded_flush, 11, 4, true>},
+    {"adamax_exact_rounded_lookup", handle<exact_rounded_lookup, 12, 1, false>},
+    {"adamax_exact_8bit_step", handle<exact_8bit_step, 15, 5, true>},
+    {"adamax_exact_8bit_flush", handle<exact_8bit_flush, 12, 5, true>},
+    {"adamax_exact_8bit_lookup", handle<exact_8bit_lookup, 13, 1, false>},
     {"adamax_sum", handle<sum, 3, 2, false>},
     {"adamax_put", handle<put, 3, 1, true>},
     {"adamax_8bit_put", handle<put, 3, 1, true>},

@@ -2,11 +2,11 @@
 //
 // `scalars` are float32: those of the other handlers, and what rounding to float32 has left
 // out of beta_2. `random` is uint32: the two words of the seed, the lower first, whether
-// parameters of bfloat16 are rounded by random bits, and six numbers for programs that do
-// without handlers. `frame` has one element, or one for each row.
+// parameters of bfloat16 are rounded by random bits, and twelve numbers for programs that
+// do without handlers. `frame` has one element, or one for each row.
 #pragma once
 
-#include "xla_rows.hpp"
+#include "xla_exact.hpp"
 
 namespace adamax::xla {
 
@@ -17,7 +17,7 @@ inline Scalars<double> compact_scalars(const Call& call, size_t i) {
 }
 
 inline Rounding rounding_of(const Call& call, size_t i) {
-    const auto* words = call.numbers<uint32_t>(i, Dtype::kUInt32, {9});
+    const auto* words = call.numbers<uint32_t>(i, Dtype::kUInt32, {15});
     Rounding rounding;
     rounding.seed = uint64_t(words[1]) << 32 | words[0];
     rounding.stochastic = words[2] != 0;
@@ -31,15 +31,31 @@ inline void check_compact_state(const Call& call, Dtype m, Dtype u, size_t gradi
             same_shape(call[1], call[0]) && same_shape(call[2], call[0]));
 }
 
+inline void check_8bit_state(const Call& call, size_t gradient) {
+    check_compact_state(call, Dtype::kInt8, Dtype::kUInt8, gradient);
+}
+
 inline void check_rounded_state(const Call& call, size_t gradient) {
     const Dtype dtype = call[1].dtype;
     require(dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16);
     check_compact_state(call, dtype, dtype, gradient);
 }
 
-// The argument 3, of one element or of one for each row.
-inline float* frames_of(const Call& call, int64_t count) {
-    return call.numbers<float>(3, Dtype::kFloat32, {count});
+// A table with its state, and the argument that has values of its rows.
+inline Rows rounded_table(const Call& call, size_t values, size_t random) {
+    check_rounded_state(call, values);
+    Rows rows = rows_of({&call[0], &call[1], &call[2], &call[values]});
+    rows.rounding = rounding_of(call, random);
+    return rows;
+}
+
+// The same with a frame for each row, which are the argument `frame`.
+inline Rows table_8bit(const Call& call, size_t frame, size_t values, size_t random) {
+    check_8bit_state(call, values);
+    Rows rows = rows_of({&call[0], &call[1], &call[2], &call[values]});
+    rows.rounding = rounding_of(call, random);
+    rows.frames = call.numbers<float>(frame, Dtype::kFloat32, {rows.count});
+    return rows;
 }
 
 inline void run_dense(const Call& call, size_t gradient, float* frame) {
@@ -66,9 +82,7 @@ inline void rounded_dense(const Call& call) {
 // A gradient of all rows, each of which has a frame.
 inline void dense_of_rows(const Call& call) {
     require(same_shape(call[4], call[0]));
-    Rows rows = rows_of({&call[0], &call[1], &call[2], &call[4]});
-    rows.rounding = rounding_of(call, 6);
-    rows.frames = frames_of(call, rows.count);
+    const Rows rows = table_8bit(call, 3, 4, 6);
     const RowScalars<float> scalars(rows, compact_scalars(call, 5));
     const Operand& g = rows.operands[3];
     const int64_t length = rows.length(), step = rows.walk.step[3];
@@ -92,34 +106,67 @@ inline void dense_of_rows(const Call& call) {
 }
 
 inline void dense_8bit(const Call& call) {
-    check_compact_state(call, Dtype::kInt8, Dtype::kUInt8, 4);
+    check_8bit_state(call, 4);
     require(call[3].ndim == 1);
     if (call[3].shape[0] == 1) {
-        run_dense(call, 4, frames_of(call, 1));
+        run_dense(call, 4, call.numbers<float>(3, Dtype::kFloat32, {1}));
     } else {
         dense_of_rows(call);
     }
 }
 
 // `values` is the number of the argument that has them.
-inline void run_rows(const Call& call, size_t values, bool has_frames) {
-    Rows rows = rows_of({&call[0], &call[1], &call[2], &call[values]});
-    rows.rounding = rounding_of(call, values + 2);
-    if (has_frames) rows.frames = frames_of(call, rows.count);
-    const Keys keys = keys_of(call, values - 1, rows.count, call[values].shape[0]);
-    RowScalars<float> scalars(rows, compact_scalars(call, values + 1));
+inline Keys keys_of_values(const Call& call, const Rows& rows, size_t values) {
+    return keys_of(call, values - 1, rows.count, call[values].shape[0]);
+}
+
+inline void run_rows(const Call& call, const Rows& rows, size_t values) {
+    const Keys keys = keys_of_values(call, rows, values);
+    const RowScalars<float> scalars(rows, compact_scalars(call, values + 1));
     each_row_in_parallel(call, rows, keys, 2,
         [&](int64_t i, int64_t end) { update_row(rows, keys, i, end, scalars); });
 }
 
-inline void rounded_rows(const Call& call) {
-    check_rounded_state(call, 4);
-    run_rows(call, 4, false);
+inline void rounded_rows(const Call& call) { run_rows(call, rounded_table(call, 4, 6), 4); }
+
+inline void rows_8bit(const Call& call) { run_rows(call, table_8bit(call, 3, 5, 7), 5); }
+
+// --- Exact updates -----------------------------------------------------------------------
+
+inline void exact_step_compact(const Call& call, const Rows& rows, size_t values) {
+    const Keys keys = keys_of_values(call, rows, values);
+    run_exact_step(call, rows, keys, compact_scalars(call, values + 1), values + 3);
 }
 
-inline void rows_8bit(const Call& call) {
-    check_compact_state(call, Dtype::kInt8, Dtype::kUInt8, 5);
-    run_rows(call, 5, true);
+inline void exact_rounded_step(const Call& call) {
+    exact_step_compact(call, rounded_table(call, 5, 7), 5);
+}
+
+inline void exact_8bit_step(const Call& call) {
+    exact_step_compact(call, table_8bit(call, 4, 6, 8), 6);
+}
+
+inline void exact_rounded_flush(const Call& call) {
+    run_exact_flush(call, rounded_table(call, 0, 4), 5);
+}
+
+inline void exact_8bit_flush(const Call& call) {
+    run_exact_flush(call, table_8bit(call, 4, 0, 5), 6);
+}
+
+inline void exact_rounded_lookup(const Call& call) {
+    check_rounded_state(call, 0);
+    Rows rows = looked_up_table(call);
+    rows.rounding = rounding_of(call, 5);
+    run_exact_lookup(call, rows, 4, 6);
+}
+
+inline void exact_8bit_lookup(const Call& call) {
+    check_8bit_state(call, 0);
+    Rows rows = looked_up_table(call);
+    rows.rounding = rounding_of(call, 6);
+    rows.frames = call.numbers<float>(4, Dtype::kFloat32, {rows.count});
+    run_exact_lookup(call, rows, 5, 7);
 }
 
 }  // namespace adamax::xla

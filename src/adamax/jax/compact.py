@@ -5,7 +5,8 @@ float32 here, so that codes now and then differ by one.
 """
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 
 from .._core.compact import LARGEST, MOMENT_CODES, NOT_FINITE, SMALLEST_POWER
 
-Two = tuple[jax.Array, jax.Array]
+Two: TypeAlias = tuple[jax.Array, jax.Array]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _QUARTERS = 0x1837F0, 0x3504F3, 0x5744FD  # mantissas of 2**(1/4), 2**(2/4), 2**(3/4)
@@ -35,22 +36,26 @@ def random_of_leaves(count: jax.Array, leaves: int, stochastic: bool) -> jax.Arr
         stochastic: whether parameters of bfloat16 are rounded by random bits.
 
     Returns:
-        ``(leaves, 9)``, uint32: the seed's two words, ``stochastic``, and two numbers made
-        of the seed for each of the parameter, ``mu`` and ``nu``.
+        ``(leaves, 15)``, uint32: the seed's two words, ``stochastic``, and two numbers made
+        of the seed for each of the parameter, ``mu`` and ``nu``; then for each of these
+        where stale rows catch up before the step.
     """
     wheres = np.arange(leaves, dtype=np.uint64) * np.uint64(_GOLDEN)
     step = _Word(jnp.zeros(leaves, jnp.uint32), jnp.full(leaves, count.astype(jnp.uint32)))
     words = (wheres >> np.uint64(32)).astype(np.uint32), wheres.astype(np.uint32)
     seed = step.plus(_Word(*map(jnp.asarray, words)))
-    mixed = seed.mixed()
-    keys = [mixed.plus(_Word.of(operand)).mixed() for operand in range(3)]
+    keys = [
+        each.mixed().plus(_Word.of(operand)).mixed()
+        for each in (seed, _Word(~seed.high, ~seed.low))
+        for operand in range(3)
+    ]
     columns = [seed.low, seed.high, jnp.full(leaves, stochastic, jnp.uint32)]
     columns += [part for key in keys for part in (key.low, key.high)]
     return jnp.stack(columns, axis=1)
 
 
 def random_bits(random: jax.Array, operand: int, numbers: jax.Array) -> jax.Array:
-    """16 bits for each element of an operand.
+    """16 bits for each element of an operand: 0 to 2, or 3 to 5 for catching up.
 
     ``numbers`` are those of the elements as uint32: those that are 2**32 apart get the same
     bits.
@@ -69,6 +74,13 @@ def positions(shape: tuple[int, ...]) -> jax.Array:
         numbers = numbers + along * np.uint32(stride % 2**32)
         stride *= shape[axis]
     return numbers
+
+
+def positions_of_rows(indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The same for some rows of a table of this shape."""
+    in_row = positions(shape[1:])
+    first = indices.astype(jnp.uint32) * np.uint32(math.prod(shape[1:]) % 2**32)
+    return first.reshape(-1, *(1,) * in_row.ndim) + in_row
 
 
 class _Word(NamedTuple):

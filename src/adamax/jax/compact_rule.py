@@ -6,21 +6,31 @@ has left out of ``beta_2``.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compact import decode, encode, frame_after, positions, random_bits, round_bfloat16
+from .compact import (
+    Two,
+    decode,
+    encode,
+    frame_after,
+    positions,
+    positions_of_rows,
+    random_bits,
+    round_bfloat16,
+)
 from .primitives import FLOATS, primitive
 from .rows import IndexedSlices, put_rows, sum_repeats, table_rows
-from .rule import StepScalars, stepped
+from .rule import StepScalars, Three, stepped
 
-State = Sequence[jax.Array]  # mu, nu, and the frame of 8-bit state
+State: TypeAlias = Sequence[jax.Array]  # mu, nu, and the frame of 8-bit state
+
+_WIDE = jnp.float32  # what arithmetic is done in
 
 
 def scalars_of(step: StepScalars, decays: bool, as_update: bool) -> jax.Array:
@@ -32,33 +42,56 @@ def scalars_of(step: StepScalars, decays: bool, as_update: bool) -> jax.Array:
     return jnp.concatenate([scalars, jnp.full(1, rest, jnp.float32)])
 
 
-def _stepped(
+def wide_moments(state: State) -> Two:
+    """The moments that are stored, as float32."""
+    m, u, *frames = state
+    return decode(m, u, *frames) if frames else (m.astype(_WIDE), u.astype(_WIDE))
+
+
+def stored(
+    numbers: Three,
+    like: tuple[Any, ...],
+    frame: jax.Array | None,
+    random: jax.Array,
+    places: jax.Array,
+    first: int = 0,
+) -> tuple[jax.Array, ...]:
+    """The parameter, ``mu`` and ``nu`` as they are stored, and their frame.
+
+    Args:
+        numbers: the three as float32.
+        like: the dtypes of the parameter and of ``mu``.
+        frame: after the step, of 8-bit state.
+        random: see :func:`.compact.random_of_leaves`.
+        places: the numbers of the elements.
+        first: the operand that the parameter is, of those that have random bits.
+    """
+    (w, m, u), (of_param, of_state) = numbers, like
+    if of_param == jnp.bfloat16:
+        by_random_bits = round_bfloat16(w, random_bits(random, first, places))
+        w = jnp.where(random[2] != 0, by_random_bits, w.astype(jnp.bfloat16))
+    w = w.astype(of_param)
+    if frame is not None:
+        bits = random_bits(random, first + 1, places)
+        return w, *encode(m, u, frame, bits), frame
+    if of_state == jnp.bfloat16:
+        m = round_bfloat16(m, random_bits(random, first + 1, places))
+        u = round_bfloat16(u, random_bits(random, first + 2, places))
+    return w, m, u
+
+
+def rounded_step(
     param: jax.Array,
     state: State,
     gradient: jax.Array,
     scalars: jax.Array,
     random: jax.Array,
-    numbers: jax.Array,
+    places: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The parameter and its state after a step; ``numbers`` are those of the elements."""
-    m, u, *frames = state
-    if frames:
-        m, u = decode(m, u, *frames)
-    wide = jnp.float32
-    moments = m.astype(wide), u.astype(wide)
-    w, m, u = stepped(param.astype(wide), *moments, gradient, scalars)
-    if param.dtype == jnp.bfloat16:
-        by_random_bits = round_bfloat16(w, random_bits(random, 0, numbers))
-        w = jnp.where(random[2] != 0, by_random_bits, w.astype(jnp.bfloat16))
-    w = w.astype(param.dtype)
-    if frames:
-        (frame,) = frames
-        frame = frame_after(frame, scalars[3], scalars[5])
-        return w, *encode(m, u, frame, random_bits(random, 1, numbers)), frame
-    if state[0].dtype == jnp.bfloat16:
-        bits = (random_bits(random, operand, numbers) for operand in (1, 2))
-        m, u = map(round_bfloat16, (m, u), bits)
-    return w, m, u
+    """The parameter and its state after a step; ``places`` are the elements' numbers."""
+    numbers = stepped(param.astype(_WIDE), *wide_moments(state), gradient, scalars)
+    frame = frame_after(state[2], scalars[3], scalars[5]) if len(state) == 3 else None
+    return stored(numbers, (param.dtype, state[0].dtype), frame, random, places)
 
 
 def _updated_rows(
@@ -76,18 +109,16 @@ def _updated_rows(
     rows = sum_repeats(slices, of_table[0])
     before = table_rows(param, rows) if param.ndim else param
     of_rows = [table_rows(array, rows) for array in state]
-    places = positions(of_table[1:])
-    first = rows.indices.astype(jnp.uint32) * np.uint32(math.prod(of_table[1:]) % 2**32)
-    numbers = first.reshape(-1, *(1,) * places.ndim) + places
-    after, *new = _stepped(before, of_rows, rows.values, scalars, random, numbers)
+    places = positions_of_rows(rows.indices, of_table)
+    after, *new = rounded_step(before, of_rows, rows.values, scalars, random, places)
     put = (put_rows(old, rows, part) for old, part in zip(state, new, strict=True))
     return replace(rows, values=before), replace(rows, values=after), tuple(put)
 
 
 def _dense(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
     *state, gradient, scalars, random = operands
-    numbers = positions(state[0].shape)
-    return _stepped(param, state, gradient, scalars, random, numbers)
+    places = positions(state[0].shape)
+    return rounded_step(param, state, gradient, scalars, random, places)
 
 
 def _rows(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -13,6 +13,7 @@ from .._core.exact import Expansion
 from .._core.rule import check_learning_rate, checked_number, decay_factor
 from ._compat import is_placeholder
 from .compact import random_of_leaves
+from .compact_exact import CompactTable
 from .compact_rule import scalars_of, take_step, take_update
 from .exact import CurrentTable, check_current, is_current
 from .gradients import lookup
@@ -26,6 +27,7 @@ from .state import (
     check_parameter,
     checked,
     moments_of,
+    new_frame,
     trees_of,
     zero_moments,
 )
@@ -83,8 +85,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
         self._has_decay = not (isinstance(weight_decay, int | float) and weight_decay == 0)
         if not callable(sparse):
             for path, leaf in jax.tree.leaves_with_path(sparse, is_leaf=is_gradient):
-                if _is_exact(leaf, at(path)):
-                    self._check_not_compact()
+                _is_exact(leaf, at(path))
         if not self._is_lazy:
             self._expansion("float32")
 
@@ -215,15 +216,16 @@ class Adamax(optax.GradientTransformationExtraArgs):
         """
         self._check_state(state)
         of_moments, of_rate, *stale = state
-        each = Leaves(params, of_moments.mu, of_moments.nu)
+        each = Leaves(params, *trees_of(of_moments))
         tables = self._tables(each, params, state)
 
-        def flush_leaf(leaf: int, param: Any, mu: Any, nu: Any) -> Any:
+        def flush_leaf(leaf: int, *arrays: Any) -> Any:
             table = tables[leaf]
-            return (param, mu, nu, None) if table is None else table.flushed()
+            return (*arrays, None) if table is None else table.flushed()
 
-        params, mu, nu, of_tables = each.map(flush_leaf, results=4)
-        state = (of_moments._replace(mu=mu, nu=nu), of_rate)
+        results = len(trees_of(of_moments)) + 2
+        params, *moments, of_tables = each.map(flush_leaf, results)
+        state = (moments_of(of_moments.count, moments), of_rate)
         return params, (*state, of_tables) if stale else state
 
     # --- State -------------------------------------------------------------------------
@@ -247,13 +249,14 @@ class Adamax(optax.GradientTransformationExtraArgs):
             name = each.names[leaf]
             if param is None or not _is_exact(sparse, name):
                 return (None,)
-            self._check_not_compact()
             shape, dtype = jnp.shape(param), jnp.result_type(param)
             if not shape or not jnp.issubdtype(dtype, jnp.floating):
                 raise TypeError(
                     f"a parameter with sparse='exact' must have rows of real numbers, got "
                     f"{dtype} of shape {shape}{name}"
                 )
+            if self._kind == "8bit":
+                check_frame_of_rows(param, new_frame(param), name)
             self._check_decay(decays[leaf], name)
             expansion = self._expansion(arithmetic_dtype(dtype))
             return (init_stale_rows(param, expansion, decays[leaf]),)
@@ -295,17 +298,28 @@ class Adamax(optax.GradientTransformationExtraArgs):
         if params is None:
             raise ValueError("with sparse='exact' the parameters must be given, got None")
 
-        def table(name: str, decays: bool, *parts: Any) -> CurrentTable | None:
+        def table(name: str, random: Any, decays: bool, *parts: Any) -> Any:
             if not isinstance(parts[-1], StaleRows):
                 return None
             self._check_decay(decays, name)
-            param, mu, nu, rows = jax.tree.map(jnp.asarray, parts)
-            numbers = {"b1": self._b1, "b2": self._b2, "eps": self._eps}
-            return CurrentTable(param, mu, nu, rows, **numbers, name=name).checked(decays)
+            param, mu, nu, *frames, rows = jax.tree.map(jnp.asarray, parts)
+            made: dict[str, Any] = {"table": param, "mu": mu, "nu": nu, "stale": rows}
+            made |= {"b1": self._b1, "b2": self._b2, "eps": self._eps, "name": name}
+            if random is None:
+                return CurrentTable(**made).checked(decays)
+            made |= {"frame": frames[0] if frames else None, "kind": self._kind}
+            return CompactTable(**made, random=random).checked(decays)
 
-        trees = (params, of_moments.mu, of_moments.nu, stale[0])
-        columns = self._decays(each, params), *map(each.flatten, trees)
+        random = self._random(optax.safe_increment(of_moments.count), each)
+        trees = (params, *trees_of(of_moments), stale[0])
+        columns = random, self._decays(each, params), *map(each.flatten, trees)
         return [table(*row) for row in zip(each.names, *columns, strict=True)]
+
+    def _random(self, count: Any, each: Leaves) -> Any:
+        """For each leaf what rounds it in a step, or None."""
+        if self._kind == "float32" and not self._stochastic:
+            return [None] * len(each)
+        return list(random_of_leaves(jnp.asarray(count), len(each), self._stochastic))
 
     # --- Steps -------------------------------------------------------------------------
 
@@ -327,9 +341,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
         decays = self._decays(each, likes)
         tables = self._tables(each, params, state)
         before = each.flatten(stale[0]) if stale else [None] * len(each)
-        random: Any = [None] * len(each)
-        if self._kind != "float32" or self._stochastic:
-            random = random_of_leaves(scalars.count, len(each), self._stochastic)
+        random = self._random(scalars.count, each)
 
         def step_leaf(leaf: int, gradient: Any, *arrays: Any) -> Any:
             name, table = each.names[leaf], tables[leaf]
@@ -340,12 +352,16 @@ class Adamax(optax.GradientTransformationExtraArgs):
                 options = decays[leaf], as_update, name
                 return *_step_leaf(gradient, arrays, scalars, rounding, *options), None
             check_current(gradient, table, name)
-            of_step = scalars.array(table.mu.dtype, decays[leaf])
-            rate = scalars.decay_rate(table.mu.dtype) if decays[leaf] else None
+            dtype = table.stale.recent.dtype
+            if isinstance(table, CompactTable):
+                of_step = scalars_of(scalars, decays[leaf], as_update=False)
+            else:
+                of_step = scalars.array(dtype, decays[leaf])
+            rate = scalars.decay_rate(dtype) if decays[leaf] else None
             return (table.updated if as_update else table.stepped)(gradient, of_step, rate)
 
-        trees = len(trees_of(of_moments))
-        params, *moments, of_tables = each.map(step_leaf, results=trees + 2)
+        results = len(trees_of(of_moments)) + 2
+        params, *moments, of_tables = each.map(step_leaf, results)
         state = (moments_of(scalars.count, moments), of_rate)
         return params, (*state, of_tables) if stale else state
 
@@ -377,12 +393,6 @@ class Adamax(optax.GradientTransformationExtraArgs):
                 f"sparse='exact' needs 1 - learning_rate * weight_decay to be at least b1, "
                 f"got {factor!r} and {self._b1!r}{name}"
             )
-
-    def _check_not_compact(self) -> None:
-        given = [f"state_dtype={self._kind!r}"] * (self._kind != "float32")
-        given += ["stochastic_rounding=True"] * self._stochastic
-        if given:
-            raise ValueError(f"{given[0]} with sparse='exact' is not available in JAX")
 
     def _expansion(self, dtype: Any) -> Expansion:
         for number in (self._b1, self._b2, self._eps):
@@ -455,12 +465,11 @@ def adamax(
             kept in, 8, 4 or 2 bytes for an element of both. With ``"8bit"`` they are codes,
             and the state begins with a :class:`CompactState`, which also has 4 bytes for
             each row of parameters with two or more axes. Only those then take gradients of
-            rows. :func:`convert_state` converts the state of a checkpoint. Not with
-            ``sparse="exact"``.
+            rows. :func:`convert_state` converts the state of a checkpoint.
         stochastic_rounding: whether parameters in bfloat16 are rounded up or down at
             random, so that moves too small for them are right on average. In ``update`` it
             is the sum of parameter and update that is, so that nothing should come after
-            it in a chain. Not with ``sparse="exact"``.
+            it in a chain.
 
     Raises:
         TypeError: an argument of the wrong type; with ``sparse="exact"`` also ``b1``,

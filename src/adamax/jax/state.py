@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import optax
 
 from .._core.compact import check_state_dtype
 from ._compat import is_placeholder
 from .compact import decode, encode
+from .history import zeros_by_rows
 from .rows import PyTree
 from .rule import state_dtype
 from .trees import Leaves, at
@@ -37,6 +39,11 @@ class CompactState(NamedTuple):
     frame: PyTree
 
 
+jax.export.register_namedtuple_serialization(
+    CompactState, serialized_name="adamax.jax.CompactState"
+)
+
+
 def zero_moments(params: PyTree, kind: str) -> Any:
     """The first part of a new state."""
 
@@ -58,13 +65,15 @@ def zero_moments(params: PyTree, kind: str) -> Any:
     if kind != "8bit":
         return optax.ScaleByAdamState(count, *moments)
     # For optax.tree_map_params, nothing in frames is like parameters.
-    frames = jnp.zeros(()) if is_placeholder(params) else jax.tree.map(_frame, params)
+    frames = jnp.zeros(()) if is_placeholder(params) else jax.tree.map(new_frame, params)
     return moments_of(count, [*moments, frames])
 
 
-def _frame(param: Any) -> jax.Array:
-    """Zeros for a parameter, or for its codes."""
-    return jnp.zeros(jnp.shape(param)[0] if jnp.ndim(param) > 1 else 1, jnp.float32)
+def new_frame(param: Any) -> jax.Array:
+    """Zeros for a parameter, or for its moments."""
+    if jnp.ndim(param) < 2:
+        return jnp.zeros(1, jnp.float32)
+    return zeros_by_rows(param, jnp.float32)
 
 
 def trees_of(moments: Any) -> tuple[PyTree, ...]:
@@ -125,7 +134,7 @@ def checked(
 
 def check_frame_of_rows(table: jax.Array, frame: jax.Array, name: str) -> None:
     """Raise unless each row has a frame."""
-    if len(frame) == len(table):
+    if jnp.shape(frame) == jnp.shape(table)[:1]:
         return
     raise ValueError(
         f"a gradient of rows needs 8-bit state with a frame for each row, and a parameter "
@@ -214,7 +223,7 @@ def _converted_leaf(parts: list[jax.Array], kind: str, name: str) -> tuple[jax.A
         )
     m, u = (part.astype(state_dtype(part.dtype)) for part in parts)
     if kind == "8bit":
-        frame = _frame(m)
+        frame = new_frame(m)
         return *encode(m, u, frame), frame
     dtype = _DTYPES[kind][0] or m.dtype
     return m.astype(dtype), u.astype(dtype)
