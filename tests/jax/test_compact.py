@@ -173,6 +173,24 @@ def test_only_touched_rows_change(rng, path, kind):
 
 
 @kinds
+def test_large_tables_take_several_threads(rng, kind):
+    w = jnp.ones((3000, 65))
+    of_rows = IndexedSlices(
+        jnp.asarray(values(rng, (4000, 65), "float32")),
+        jnp.asarray(rng.integers(3000, size=4000), jnp.int32),
+    )
+    found = []
+    for path in PATHS:
+        param, state = w, make(0.01, state_dtype=kind).init(w)
+        # The frames of some rows are others then.
+        for g in (of_rows, jnp.zeros((3000, 65)) + of_rows):
+            param, state = stepper(path, kind)(param, state, g)
+        found.append((param, *jax.tree.leaves(state[0])[1:]))
+    for ours, theirs in zip(*found, strict=True):
+        assert np.mean(abs(ours - theirs.astype(ours.dtype)) > 1e-6) < 0.01
+
+
+@kinds
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_parameters_and_wider_gradients(rng, kind, dtype):
     w = jnp.asarray(values(rng, (30, 4), "float32"))

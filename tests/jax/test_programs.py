@@ -220,8 +220,10 @@ def call(target, results, *operands):
 TABLE, SCALARS = np.ones((5, 3), np.float32), np.ones(5, np.float32)
 INDICES, ROWS = np.array([1, 2], np.int32), np.ones((2, 3), np.float32)
 CODES, LEVELS = np.ones((5, 3), np.int8), np.ones((5, 3), np.uint8)
-SIX, RANDOM = np.ones(6, np.float32), np.ones(15, np.uint32)
+SIX, RANDOM = np.ones(6, np.float32), np.ones((2, 15), np.uint32)
+LEAF = np.ones(1, np.int32)
 FRAMES, STATE_8BIT = np.zeros(5, np.float32), [TABLE, CODES, LEVELS]
+DENSE = [TABLE, SIX, RANDOM, LEAF]
 WRONG_CALLS = {
     "too few operands": ("adamax_dense", [TABLE] * 4),
     "not in place": ("adamax_dense", [TABLE] * 4 + [SCALARS]),
@@ -229,7 +231,7 @@ WRONG_CALLS = {
     "integers": ("adamax_dense", [TABLE.astype(np.int32)] * 4 + [SCALARS]),
     "rows not in place": ("adamax_rows", [TABLE] * 3 + [INDICES, ROWS, SCALARS]),
     "booleans": ("adamax_put", [TABLE > 0, INDICES, ROWS > 0]),
-    "codes not in place": ("adamax_8bit_dense", [*STATE_8BIT, FRAMES, TABLE, SIX, RANDOM]),
+    "codes not in place": ("adamax_8bit_dense", [*STATE_8BIT, FRAMES, *DENSE]),
     "8-bit state": ("adamax_dense", [*STATE_8BIT, TABLE, SCALARS]),
 }
 
@@ -254,14 +256,16 @@ UNFIT = {
     "wide parameters": {0: TABLE.astype(np.float64)},
     "a short gradient": {4: ROWS},
     "five scalars": {5: SCALARS},
-    "few random numbers": {6: RANDOM[:9]},
+    "few random numbers": {6: RANDOM[:, :9]},
+    "a leaf that is not there": {7: LEAF + 1},
+    "a negative leaf": {7: LEAF - 2},
     "signed random numbers": {6: RANDOM.astype(np.int32)},
 }
 
 
 @pytest.mark.parametrize("name", [None, *UNFIT])
 def test_8_bit_state_that_does_not_fit_is_an_error(name):
-    fits = dict(enumerate([*STATE_8BIT, FRAMES, TABLE, SIX, RANDOM]))
+    fits = dict(enumerate([*STATE_8BIT, FRAMES, *DENSE]))
     with jax.enable_x64(True):
         operands = [jnp.asarray(x) for x in {**fits, **UNFIT.get(name, {})}.values()]
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:4]]

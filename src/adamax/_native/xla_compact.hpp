@@ -1,9 +1,10 @@
 // Handlers for compact state, and for parameters that are rounded by random bits.
 //
 // `scalars` are float32: those of the other handlers, and what rounding to float32 has left
-// out of beta_2. `random` is uint32: the two words of the seed, the lower first, whether
-// parameters of bfloat16 are rounded by random bits, and twelve numbers for programs that
-// do without handlers. `frame` has one element, or one for each row.
+// out of beta_2. `frame` has one element, or one for each row. `random` is two arguments:
+// uint32 `(leaves, 15)`, and an int32 number of one of these leaves. Of each there are the
+// two words of the seed, the lower first, whether parameters of bfloat16 are rounded by
+// random bits, and twelve numbers for programs that do without handlers.
 #pragma once
 
 #include "xla_exact.hpp"
@@ -17,7 +18,12 @@ inline Scalars<double> compact_scalars(const Call& call, size_t i) {
 }
 
 inline Rounding rounding_of(const Call& call, size_t i) {
-    const auto* words = call.numbers<uint32_t>(i, Dtype::kUInt32, {15});
+    require(call[i].ndim == 2);
+    const int64_t leaves = call[i].shape[0];
+    const auto* words = call.numbers<uint32_t>(i, Dtype::kUInt32, {leaves, 15});
+    const int32_t leaf = *call.numbers<int32_t>(i + 1, Dtype::kInt32, {1});
+    require(leaf >= 0 && leaf < leaves);
+    words += 15 * int64_t(leaf);
     Rounding rounding;
     rounding.seed = uint64_t(words[1]) << 32 | words[0];
     rounding.stochastic = words[2] != 0;
@@ -87,7 +93,10 @@ inline void dense_of_rows(const Call& call) {
     const Operand& g = rows.operands[3];
     const int64_t length = rows.length(), step = rows.walk.step[3];
     in_pieces(call, rows, rows.count, 1, [&](int64_t start, int64_t stop) {
-        for (int64_t row = start; row < stop; ++row) {
+        for (int64_t row = start; row < stop;) {
+            // As many as have the same frame.
+            int64_t end = row + 1;
+            while (end < stop && rows.frames[end] == rows.frames[row]) ++end;
             const Rounding rounding = rows.rounding_of(row, scalars.beta_2);
             Places places;
             for (int k = 0; k < kOperands; ++k) {
@@ -95,12 +104,12 @@ inline void dense_of_rows(const Call& call) {
             }
             const bool direct = is_direct<float>(g, places[3], step);
             update_elements<float>(rows.operands, places, rows.walk.step, row * length,
-                length, scalars.rounded, rounding,
+                (end - row) * length, scalars.rounded, rounding,
                 direct ? reinterpret_cast<const float*>(places[3]) : nullptr,
                 [&](int64_t first, int64_t count, float* numbers) {
                     load(g, places[3] + first * step, step, count, numbers);
                 });
-            rows.advance(row, rounding);
+            for (; row < end; ++row) rows.advance(row, rounding);
         }
     });
 }
@@ -135,7 +144,7 @@ inline void rows_8bit(const Call& call) { run_rows(call, table_8bit(call, 3, 5, 
 
 inline void exact_step_compact(const Call& call, const Rows& rows, size_t values) {
     const Keys keys = keys_of_values(call, rows, values);
-    run_exact_step(call, rows, keys, compact_scalars(call, values + 1), values + 3);
+    run_exact_step(call, rows, keys, compact_scalars(call, values + 1), values + 4);
 }
 
 inline void exact_rounded_step(const Call& call) {
@@ -147,18 +156,18 @@ inline void exact_8bit_step(const Call& call) {
 }
 
 inline void exact_rounded_flush(const Call& call) {
-    run_exact_flush(call, rounded_table(call, 0, 4), 5);
+    run_exact_flush(call, rounded_table(call, 0, 4), 6);
 }
 
 inline void exact_8bit_flush(const Call& call) {
-    run_exact_flush(call, table_8bit(call, 4, 0, 5), 6);
+    run_exact_flush(call, table_8bit(call, 4, 0, 5), 7);
 }
 
 inline void exact_rounded_lookup(const Call& call) {
     check_rounded_state(call, 0);
     Rows rows = looked_up_table(call);
     rows.rounding = rounding_of(call, 5);
-    run_exact_lookup(call, rows, 4, 6);
+    run_exact_lookup(call, rows, 4, 7);
 }
 
 inline void exact_8bit_lookup(const Call& call) {
@@ -166,7 +175,7 @@ inline void exact_8bit_lookup(const Call& call) {
     Rows rows = looked_up_table(call);
     rows.rounding = rounding_of(call, 6);
     rows.frames = call.numbers<float>(4, Dtype::kFloat32, {rows.count});
-    run_exact_lookup(call, rows, 5, 7);
+    run_exact_lookup(call, rows, 5, 8);
 }
 
 }  // namespace adamax::xla

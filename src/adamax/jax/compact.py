@@ -44,14 +44,26 @@ def random_of_leaves(count: jax.Array, leaves: int, stochastic: bool) -> jax.Arr
     step = _Word(jnp.zeros(leaves, jnp.uint32), jnp.full(leaves, count.astype(jnp.uint32)))
     words = (wheres >> np.uint64(32)).astype(np.uint32), wheres.astype(np.uint32)
     seed = step.plus(_Word(*map(jnp.asarray, words)))
-    keys = [
-        each.mixed().plus(_Word.of(operand)).mixed()
-        for each in (seed, _Word(~seed.high, ~seed.low))
-        for operand in range(3)
-    ]
+
+    def key(carry: None, number: Two) -> tuple[None, Two]:
+        inverted, operand = number
+        of_all = _Word(seed.high ^ inverted, seed.low ^ inverted).mixed()
+        key = of_all.plus(_Word(jnp.zeros_like(operand), operand)).mixed()
+        return carry, (key.low, key.high)
+
+    # A loop, of which XLA does not make a part of what each leaf is computed by.
+    inverted = jnp.repeat(jnp.array([0, 2**32 - 1], jnp.uint32), 3)
+    operands = jnp.tile(jnp.arange(3, dtype=jnp.uint32), 2)
+    _, keys = jax.lax.scan(key, None, (inverted, operands))
     columns = [seed.low, seed.high, jnp.full(leaves, stochastic, jnp.uint32)]
-    columns += [part for key in keys for part in (key.low, key.high)]
+    columns += [part[number] for number in range(6) for part in keys]
     return jnp.stack(columns, axis=1)
+
+
+def random_of_leaf(of_leaves: jax.Array, leaf: jax.Array) -> jax.Array:
+    """What rounds one of them, whose number ``leaf`` has: ``(15,)``."""
+    random: jax.Array = jax.lax.dynamic_index_in_dim(of_leaves, leaf[0], keepdims=False)
+    return random
 
 
 def random_bits(random: jax.Array, operand: int, numbers: jax.Array) -> jax.Array:

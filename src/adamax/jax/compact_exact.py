@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from . import history
-from .compact import frame_after, positions, positions_of_rows
-from .compact_rule import rounded_step, stored, wide_moments
+from .compact import frame_after, positions, positions_of_rows, random_of_leaf
+from .compact_rule import Random, rounded_step, stored, wide_moments
 from .exact import CurrentTable, once, touched_or_in_turn
 from .history import StaleRows
 from .primitives import FLOATS, primitive
@@ -32,7 +32,7 @@ class CompactTable(CurrentTable):
     """A table some of whose rows are stale; ``random`` is that of the coming step."""
 
     frame: jax.Array | None  # of 8-bit state
-    random: jax.Array
+    random: Random
     kind: str
 
     def with_checked_moments(self) -> Self:
@@ -44,19 +44,19 @@ class CompactTable(CurrentTable):
         return self
 
     def rows(self, indices: jax.Array) -> jax.Array:
-        operands = *self._tables(), indices.reshape(-1), self.random, *self._history()
+        operands = *self._tables(), indices.reshape(-1), *self.random, *self._history()
         (rows,) = self._run(_LOOKUP, operands)
         return rows.reshape(*indices.shape, *self.shape[1:])
 
     def flushed(self) -> tuple[Any, ...]:
-        operands = *self._tables(), self.random, *self._history()
+        operands = *self._tables(), *self.random, *self._history()
         return self._results(self._run(_FLUSH, operands), self.stale)
 
     def stepped(
         self, gradient: IndexedSlices, scalars: jax.Array, decay_rate: Any
     ) -> tuple[Any, ...]:
         rows = gradient.indices, gradient.values
-        operands = *self._tables(), *rows, scalars, self.random, *self._history()
+        operands = *self._tables(), *rows, scalars, *self.random, *self._history()
         tables = self._run(_STEP, operands, gradient.values.dtype)
         stale = self.recorded(scalars, decay_rate, tables[0][:1])
         return self._results(tables, stale)
@@ -65,7 +65,7 @@ class CompactTable(CurrentTable):
         self, gradient: IndexedSlices, scalars: jax.Array, decay_rate: Any
     ) -> tuple[Any, ...]:
         rows, before, after = _stepped_rows(
-            *self._tables(), gradient.indices, gradient.values, scalars, self.random,
+            *self._tables(), gradient.indices, gradient.values, scalars, *self.random,
             *self._history(),
         )  # fmt: skip
         # So wide that the sum is what has been rounded.
@@ -129,7 +129,8 @@ def _caught_up(
 
 
 def _looked_up(*operands: jax.Array) -> tuple[jax.Array]:
-    tables, (indices, random, *of_history) = _split(operands)
+    tables, (indices, of_leaves, leaf, *of_history) = _split(operands)
+    random = random_of_leaf(of_leaves, leaf)
     shape = tables[0].shape
     indices = known_rows(indices, shape[0])
     of_rows = [table.at[indices].get(mode="fill", fill_value=0) for table in tables]
@@ -140,7 +141,8 @@ def _looked_up(*operands: jax.Array) -> tuple[jax.Array]:
 
 
 def _flushed(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    tables, (random, *of_history) = _split(operands)
+    tables, (of_leaves, leaf, *of_history) = _split(operands)
+    random = random_of_leaf(of_leaves, leaf)
     places = positions(tables[0].shape)
     w, mu, nu, *frames = _caught_up(tables, random, of_history, places)
     return w, mu, nu, jnp.broadcast_to(of_history[-1], tables[3].shape), *frames
@@ -150,7 +152,9 @@ def _stepped_rows(
     *operands: jax.Array,
 ) -> tuple[IndexedSlices, jax.Array, tuple[jax.Array, ...]]:
     """The touched rows and those in turn, as they are and after the step."""
-    tables, (indices, values, scalars, random, *of_history) = _split(operands)
+    tables, (indices, values, scalars, *others) = _split(operands)
+    of_leaves, leaf, *of_history = others
+    random = random_of_leaf(of_leaves, leaf)
     shape = tables[0].shape
     rows = touched_or_in_turn(shape[0], indices, values, of_history)
     before = [table_rows(table, rows) for table in tables]

@@ -1,8 +1,8 @@
 """The rule on one parameter whose state is compact, or that is rounded by random bits.
 
-As ``rule.py``, with two more operands: the frame of 8-bit state, and ``random``, see
-:func:`.compact.random_of_leaves`. The scalars are float32, and one more says what rounding
-has left out of ``beta_2``.
+As ``rule.py``, with more operands: the frame of 8-bit state, what rounds all leaves, see
+:func:`.compact.random_of_leaves`, and which leaf the parameter is. The scalars are float32,
+and one more says what rounding has left out of ``beta_2``.
 """
 
 import functools
@@ -22,6 +22,7 @@ from .compact import (
     positions,
     positions_of_rows,
     random_bits,
+    random_of_leaf,
     round_bfloat16,
 )
 from .primitives import FLOATS, primitive
@@ -29,6 +30,7 @@ from .rows import IndexedSlices, put_rows, sum_repeats, table_rows
 from .rule import StepScalars, Three, stepped
 
 State: TypeAlias = Sequence[jax.Array]  # mu, nu, and the frame of 8-bit state
+Random: TypeAlias = Two  # that of all leaves, and the number of the leaf
 
 _WIDE = jnp.float32  # what arithmetic is done in
 
@@ -116,13 +118,15 @@ def _updated_rows(
 
 
 def _dense(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    *state, gradient, scalars, random = operands
+    *state, gradient, scalars, of_leaves, leaf = operands
     places = positions(state[0].shape)
+    random = random_of_leaf(of_leaves, leaf)
     return rounded_step(param, state, gradient, scalars, random, places)
 
 
 def _rows(param: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    *state, indices, values, scalars, random = operands
+    *state, indices, values, scalars, of_leaves, leaf = operands
+    random = random_of_leaf(of_leaves, leaf)
     slices = IndexedSlices(values, indices)
     _, rows, new = _updated_rows(param, state, slices, scalars, random)
     return put_rows(param, rows, rows.values), *new
@@ -137,7 +141,7 @@ _verbs = {
 
 
 def take_step(
-    param: jax.Array, state: State, gradient: Any, scalars: jax.Array, random: jax.Array
+    param: jax.Array, state: State, gradient: Any, scalars: jax.Array, random: Random
 ) -> tuple[jax.Array, ...]:
     """The parameter and its state after a step, in one pass if possible."""
     rule, of_gradient = _dense, [gradient]
@@ -146,7 +150,7 @@ def take_step(
     has_verb = {param.dtype, of_gradient[-1].dtype} <= FLOATS
     has_verb = has_verb and param.dtype != jnp.float64
     run = _verbs[rule, len(state) == 3].bind if has_verb else rule
-    return tuple(run(param, *state, *of_gradient, scalars, random))
+    return tuple(run(param, *state, *of_gradient, scalars, *random))
 
 
 @functools.partial(jax.jit, static_argnames="is_difference", inline=True)
@@ -155,7 +159,7 @@ def take_update(
     state: State,
     gradient: Any,
     scalars: jax.Array,
-    random: jax.Array,
+    random: Random,
     *,
     is_difference: bool,
 ) -> tuple[Any, ...]:
@@ -165,11 +169,12 @@ def take_update(
     have made of the parameter; else they are those of an update.
     """
     if isinstance(gradient, IndexedSlices):
-        before, after, moments = _updated_rows(param, state, gradient, scalars, random)
+        bits = random_of_leaf(*random)
+        before, after, moments = _updated_rows(param, state, gradient, scalars, bits)
         if is_difference:
             after = replace(after, values=after.values - before.values)
         # lax.cond wants updates to have the structure of the gradients, to the last flag.
         flags = {"distinct": gradient.distinct, "current": gradient.current}
         return replace(after, **flags), *moments
-    w, *new = _dense(param, *state, gradient, scalars, random)
+    w, *new = _dense(param, *state, gradient, scalars, *random)
     return w - param if is_difference else w, *new

@@ -319,7 +319,8 @@ class Adamax(optax.GradientTransformationExtraArgs):
         """For each leaf what rounds it in a step, or None."""
         if self._kind == "float32" and not self._stochastic:
             return [None] * len(each)
-        return list(random_of_leaves(jnp.asarray(count), len(each), self._stochastic))
+        of_all = random_of_leaves(jnp.asarray(count), len(each), self._stochastic)
+        return [(of_all, jnp.full(1, leaf, jnp.int32)) for leaf in range(len(each))]
 
     # --- Steps -------------------------------------------------------------------------
 
