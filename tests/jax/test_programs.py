@@ -27,11 +27,11 @@ PROGRAM = """
 
     for kind in (optax.ScaleByAdamState, optax.ScaleByScheduleState):
         export.register_namedtuple_serialization(kind, serialized_name=kind.__name__)
-    path, sparse = sys.argv[1:]
+    path, sparse, kind = sys.argv[1:]
     params = {"t": jnp.arange(150.0).reshape(50, 3), "w": jnp.ones(4)}
     kinds = {"t": sparse, "w": "lazy"}
     rate = optax.linear_schedule(0.1, 0.0, 10)
-    optimizer = adamax(rate, weight_decay=0.1, sparse=kinds)
+    optimizer = adamax(rate, weight_decay=0.1, sparse=kinds, state_dtype=kind)
     state = optimizer.init(params)
     g = {
         "t": IndexedSlices(jnp.ones((3, 3)), jnp.array([7, 7, -1]), current=True),
@@ -63,11 +63,12 @@ RUN = """
 
 
 @pytest.mark.parametrize("sparse", ["lazy", "exact"])
-def test_a_saved_program_runs_in_a_new_process(run_python, tmp_path, sparse):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "8bit"])
+def test_a_saved_program_runs_in_a_new_process(run_python, tmp_path, sparse, kind):
     """There nothing of this package has been lowered."""
-    saved = run_python(PROGRAM + SAVE, tmp_path / "program", sparse)
-    assert saved == "True ('cpu', 'cuda', 'tpu')"
-    assert run_python(PROGRAM + RUN, tmp_path / "program", sparse) == "('cpu',) True"
+    arguments = tmp_path / "program", sparse, kind
+    assert run_python(PROGRAM + SAVE, *arguments) == "True ('cpu', 'cuda', 'tpu')"
+    assert run_python(PROGRAM + RUN, *arguments) == "('cpu',) True"
 
 
 def test_without_the_private_list_exports_ask_for_the_checks_to_be_disabled(run_python):
@@ -141,7 +142,10 @@ SAME_VALUE(kMinorVersion, XLA_FFI_API_MINOR);
 SAME_VALUE(kMetadata, XLA_FFI_Extension_Metadata);
 SAME_VALUE(kBuffer, XLA_FFI_ArgType_BUFFER);
 SAME_VALUE(kBuffer, XLA_FFI_RetType_BUFFER);
+SAME_VALUE(DataType::kInt8, XLA_FFI_DataType_S8);
 SAME_VALUE(DataType::kInt32, XLA_FFI_DataType_S32);
+SAME_VALUE(DataType::kUInt8, XLA_FFI_DataType_U8);
+SAME_VALUE(DataType::kUInt32, XLA_FFI_DataType_U32);
 SAME_VALUE(DataType::kFloat16, XLA_FFI_DataType_F16);
 SAME_VALUE(DataType::kFloat32, XLA_FFI_DataType_F32);
 SAME_VALUE(DataType::kFloat64, XLA_FFI_DataType_F64);
@@ -215,6 +219,11 @@ def call(target, results, *operands):
 
 TABLE, SCALARS = np.ones((5, 3), np.float32), np.ones(5, np.float32)
 INDICES, ROWS = np.array([1, 2], np.int32), np.ones((2, 3), np.float32)
+CODES, LEVELS = np.ones((5, 3), np.int8), np.ones((5, 3), np.uint8)
+SIX, RANDOM = np.ones(6, np.float32), np.ones((2, 15), np.uint32)
+LEAF = np.ones(1, np.int32)
+FRAMES, STATE_8BIT = np.zeros(5, np.float32), [TABLE, CODES, LEVELS]
+DENSE = [TABLE, SIX, RANDOM, LEAF]
 WRONG_CALLS = {
     "too few operands": ("adamax_dense", [TABLE] * 4),
     "not in place": ("adamax_dense", [TABLE] * 4 + [SCALARS]),
@@ -222,6 +231,8 @@ WRONG_CALLS = {
     "integers": ("adamax_dense", [TABLE.astype(np.int32)] * 4 + [SCALARS]),
     "rows not in place": ("adamax_rows", [TABLE] * 3 + [INDICES, ROWS, SCALARS]),
     "booleans": ("adamax_put", [TABLE > 0, INDICES, ROWS > 0]),
+    "codes not in place": ("adamax_8bit_dense", [*STATE_8BIT, FRAMES, *DENSE]),
+    "8-bit state": ("adamax_dense", [*STATE_8BIT, TABLE, SCALARS]),
 }
 
 
@@ -233,6 +244,43 @@ def test_programs_that_do_not_fit_a_handler_are_an_error(name):
         jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT: adamax: a call"
     ):
         call(target, results, *operands)
+
+
+UNFIT = {
+    "few frames": {3: np.zeros(3, np.float32)},
+    "frames of another dtype": {3: np.zeros(5, np.int32)},
+    "frames with two axes": {3: np.zeros((5, 1), np.float32)},
+    "float32 state": {1: TABLE},
+    "both signed": {2: CODES},
+    "codes of another shape": {1: CODES[:2]},
+    "wide parameters": {0: TABLE.astype(np.float64)},
+    "a short gradient": {4: ROWS},
+    "five scalars": {5: SCALARS},
+    "few random numbers": {6: RANDOM[:, :9]},
+    "a leaf that is not there": {7: LEAF + 1},
+    "a negative leaf": {7: LEAF - 2},
+    "signed random numbers": {6: RANDOM.astype(np.int32)},
+}
+
+
+@pytest.mark.parametrize("name", [None, *UNFIT])
+def test_8_bit_state_that_does_not_fit_is_an_error(name):
+    fits = dict(enumerate([*STATE_8BIT, FRAMES, *DENSE]))
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(x) for x in {**fits, **UNFIT.get(name, {})}.values()]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:4]]
+        aliases = {number: number for number in range(4)}
+        handler = jax.ffi.ffi_call(
+            "adamax_8bit_dense", shapes, input_output_aliases=aliases
+        )
+        if name is None:
+            w, *_ = jax.jit(handler)(*operands)
+            assert np.isfinite(w).all()
+            return
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT: adamax: a call"
+        ):
+            jax.jit(handler)(*operands)
 
 
 def test_sums_of_other_shapes_are_an_error():
@@ -262,7 +310,7 @@ def test_the_source_lists_all_handlers():
         pytest.skip("needs the source of the native core")
     listed = re.findall(r"^//   (adamax_\w+) ", source.read_text(encoding="utf-8"), re.M)
     assert sorted(listed) == sorted(verbs.xla_handlers())
-    assert len(listed) == 8
+    assert len(listed) == 19
 
 
 def test_subnormal_numbers_are_kept_and_the_caller_flushes_them_still():
@@ -312,8 +360,9 @@ def test_optax_is_needed_for_the_optimizer_alone(run_python):
 
 def test_public_names_are_those_that_are_listed():
     assert sorted(adamax.jax.__all__) == [
-        "Adamax", "IndexedSlices", "adamax", "apply_updates", "global_norm", "lookup",
-        "on_rows", "psum", "scale_by_adamax", "sum_repeats", "value_and_sparse_grad",
+        "Adamax", "CompactState", "IndexedSlices", "adamax", "apply_updates",
+        "convert_state", "global_norm", "lookup", "on_rows", "psum", "scale_by_adamax",
+        "sum_repeats", "value_and_sparse_grad",
     ]  # fmt: skip
     assert all(hasattr(adamax.jax, name) for name in adamax.jax.__all__)
     assert set(adamax.jax.__all__) <= set(dir(adamax.jax))

@@ -366,7 +366,9 @@ def test_the_signature_is_that_of_optax():
     ours = inspect.signature(make).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
     assert {n: p.default for n, p in theirs.items()} == {n: ours[n].default for n in theirs}
-    assert list(ours)[len(theirs) :] == ["weight_decay", "mask", "sparse"]
+    assert list(ours)[len(theirs) :] == [
+        "weight_decay", "mask", "sparse", "state_dtype", "stochastic_rounding",
+    ]  # fmt: skip
     assert ours["sparse"].kind is inspect.Parameter.KEYWORD_ONLY
 
 

@@ -89,8 +89,7 @@ bool catch_up(const Rows& rows, int64_t row, const Stamps& stamps,
     if (gap == 0) return false;
     T terms[kMostTerms];
     const Gap<T> of_gap = history.template gap<T>(gap, epsilon, terms);
-    Rounding rounding = rows.rounding_of(row, of_gap.of_u);
-    rounding.seed = ~rounding.seed;  // not the bits of the step itself
+    const Rounding rounding = rows.rounding_of_gap(row, of_gap.of_u);
     const char* of_row[kOperands];
     rows.place(row, of_row);
     of_row[3] = of_row[0];

@@ -58,6 +58,12 @@ struct Rows {
         if (frames) of_row.frame = Frame::after_decay(frames[row], decay);
         return of_row;
     }
+    // Where it catches up: not by the bits of the step itself.
+    Rounding rounding_of_gap(int64_t row, double decay) const {
+        Rounding of_row = rounding_of(row, decay);
+        of_row.seed = ~of_row.seed;
+        return of_row;
+    }
     void advance(int64_t row, const Rounding& of_row) const {
         if (frames) frames[row] = of_row.frame.after;
     }

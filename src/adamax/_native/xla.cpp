@@ -8,22 +8,41 @@
 //
 //   adamax_dense         w, m, u, g, scalars -> w, m, u
 //   adamax_rows          w, m, u, indices, values, scalars -> w, m, u
+//   adamax_rounded_dense w, m, u, g, scalars, random -> w, m, u
+//   adamax_rounded_rows  w, m, u, indices, values, scalars, random -> w, m, u
+//   adamax_8bit_dense    w, m, u, frame, g, scalars, random -> w, m, u, frame
+//   adamax_8bit_rows     w, m, u, frame, indices, values, scalars, random
+//                        -> w, m, u, frame
 //   adamax_exact_step    w, m, u, stamps, indices, values, scalars, history
 //                        -> w, m, u, stamps; also brings the rows in turn to the step
 //                        before
 //   adamax_exact_flush   w, m, u, stamps, history -> w, m, u, stamps
 //   adamax_exact_lookup  w, m, u, stamps, indices, history -> rows, of its own
+//   adamax_exact_rounded_step    w, m, u, stamps, indices, values, scalars, random, history
+//                                -> w, m, u, stamps
+//   adamax_exact_rounded_flush   w, m, u, stamps, random, history -> w, m, u, stamps
+//   adamax_exact_rounded_lookup  w, m, u, stamps, indices, random, history
+//                                -> rows, of its own
+//   adamax_exact_8bit_step       w, m, u, stamps, frame, indices, values, scalars, random,
+//                                history -> w, m, u, stamps, frame
+//   adamax_exact_8bit_flush      w, m, u, stamps, frame, random, history
+//                                -> w, m, u, stamps, frame
+//   adamax_exact_8bit_lookup     w, m, u, stamps, frame, indices, random, history
+//                                -> rows, of its own
 //   adamax_sum           indices, values, number of rows -> indices, sums, of its own:
 //                        distinct rows, ascending, and the sum of each; what is left over
 //                        has zeros, and indices of no row
 //   adamax_put           array, indices, rows -> array
+//   adamax_8bit_put      the same for arrays of the codes of state
 //   adamax_add           array, indices, values -> array
 //
 // `scalars` are of the state's dtype: the step size, the decay factor, 1 - beta_1, beta_2
-// and epsilon. `history`: see StateHistory. Indices and stamps are int32.
+// and epsilon. `history`: see StateHistory. Indices and stamps are int32. For `frame`,
+// `random` and the `scalars` beside it see xla_compact.hpp.
 
 #include "xla_rows.hpp"
 
+#include "xla_compact.hpp"
 #include "xla_exact.hpp"
 
 namespace adamax::xla {
@@ -139,11 +158,22 @@ constexpr struct {
 } kHandlers[] = {
     {"adamax_dense", handle<dense, 5, 3, true>},
     {"adamax_rows", handle<rows, 6, 3, true>},
+    {"adamax_rounded_dense", handle<rounded_dense, 7, 3, true>},
+    {"adamax_rounded_rows", handle<rounded_rows, 8, 3, true>},
+    {"adamax_8bit_dense", handle<dense_8bit, 8, 4, true>},
+    {"adamax_8bit_rows", handle<rows_8bit, 9, 4, true>},
     {"adamax_exact_step", handle<exact_step, 13, 4, true>},
     {"adamax_exact_flush", handle<exact_flush, 10, 4, true>},
     {"adamax_exact_lookup", handle<exact_lookup, 11, 1, false>},
+    {"adamax_exact_rounded_step", handle<exact_rounded_step, 15, 4, true>},
+    {"adamax_exact_rounded_flush", handle<exact_rounded_flush, 12, 4, true>},
+    {"adamax_exact_rounded_lookup", handle<exact_rounded_lookup, 13, 1, false>},
+    {"adamax_exact_8bit_step", handle<exact_8bit_step, 16, 5, true>},
+    {"adamax_exact_8bit_flush", handle<exact_8bit_flush, 13, 5, true>},
+    {"adamax_exact_8bit_lookup", handle<exact_8bit_lookup, 14, 1, false>},
     {"adamax_sum", handle<sum, 3, 2, false>},
     {"adamax_put", handle<put, 3, 1, true>},
+    {"adamax_8bit_put", handle<put, 3, 1, true>},
     {"adamax_add", handle<add, 3, 1, true>},
 };
 

@@ -89,6 +89,9 @@ class Call {
             case DataType::kFloat32: view.dtype = Dtype::kFloat32; break;
             case DataType::kFloat64: view.dtype = Dtype::kFloat64; break;
             case DataType::kInt32: view.dtype = Dtype::kInt32; break;
+            case DataType::kUInt32: view.dtype = Dtype::kUInt32; break;
+            case DataType::kInt8: view.dtype = Dtype::kInt8; break;
+            case DataType::kUInt8: view.dtype = Dtype::kUInt8; break;
             default: require(false);
         }
         view.unit = itemsize(view.dtype);

@@ -102,13 +102,15 @@ class ExactTable {
         if (behind == 0 || !is_known(row)) return;
         T sums[kMostTerms], m[kBlock], u[kBlock];
         const Gap<T> gap = history.template gap<T>(behind, 0, sums);
+        const Rounding rounding = rows.rounding_of_gap(row, gap.of_u);
         for (int64_t first = 0; first < rows.length(); first += kBlock) {
             const int64_t count = std::min(kBlock, rows.length() - first);
-            std::copy_n(reinterpret_cast<const T*>(of_row[1]) + first, count, m);
-            std::copy_n(reinterpret_cast<const T*>(of_row[2]) + first, count, u);
+            std::memcpy(m, of_row[1] + first * step[1], size_t(count * step[1]));
+            std::memcpy(u, of_row[2] + first * step[2], size_t(count * step[2]));
             const Places places = {to + first * step[0], reinterpret_cast<char*>(m),
                 reinterpret_cast<char*>(u), nullptr};
-            catch_up_elements(rows.operands, places, step, 0, count, gap, rows.rounding);
+            catch_up_elements(rows.operands, places, step, row * rows.length() + first,
+                count, gap, rounding);
         }
     }
 
@@ -132,13 +134,12 @@ class ExactTable {
     std::atomic<bool> known_{true};
 };
 
-inline void exact_step(const Call& call) {
-    const Rows rows = table_of(call, 5);
-    const Keys keys = keys_of(call, 4, rows.count, call[5].shape[0]);
+inline void run_exact_step(const Call& call, const Rows& rows, const Keys& keys,
+    const Scalars<double>& of_step, size_t of_history) {
     dispatch(call[0].dtype, [&](auto kind) {
         using T = decltype(kind);
-        ExactTable<T> table(call, rows, 7);
-        const RowScalars<T> scalars(rows, scalars_of(call, 6));
+        ExactTable<T> table(call, rows, of_history);
+        const RowScalars<T> scalars(rows, of_step);
         const int64_t now = table.history.now(), cycle = table.history.entries / 2;
         each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
             table.prefetch_stamp(keys, i);
@@ -155,10 +156,15 @@ inline void exact_step(const Call& call) {
     });
 }
 
-inline void exact_flush(const Call& call) {
-    const Rows rows = table_of(call, 0);
+inline void exact_step(const Call& call) {
+    const Rows rows = table_of(call, 5);
+    const Keys keys = keys_of(call, 4, rows.count, call[5].shape[0]);
+    run_exact_step(call, rows, keys, scalars_of(call, 6), 7);
+}
+
+inline void run_exact_flush(const Call& call, const Rows& rows, size_t of_history) {
     dispatch(call[0].dtype, [&](auto kind) {
-        ExactTable<decltype(kind)> table(call, rows, 4);
+        ExactTable<decltype(kind)> table(call, rows, of_history);
         in_pieces(call, rows, rows.count, 1, [&](int64_t start, int64_t stop) {
             for (int64_t row = start; row < stop; ++row) table.catch_up_row(row);
         });
@@ -166,18 +172,26 @@ inline void exact_flush(const Call& call) {
     });
 }
 
-inline void exact_lookup(const Call& call) {
-    check_state(call, 0);
+inline void exact_flush(const Call& call) { run_exact_flush(call, table_of(call, 0), 4); }
+
+// A table, whose state is to be checked, and the rows that are to be copied.
+inline Rows looked_up_table(const Call& call) {
     const View& result = call.result(0);
     const Rows rows = rows_of({&call[0], &call[1], &call[2], &result});
     require(result.dtype == call[0].dtype);
+    return rows;
+}
+
+inline void run_exact_lookup(
+    const Call& call, const Rows& rows, size_t indices, size_t of_history) {
+    const View& result = call.result(0);
     const int64_t count = result.shape[0];
     const auto size = size_t(rows.row_step[0]);
     // In the order of rows, which are read once each.
-    const Keys keys = keys_of(call, 4, rows.count, count);
+    const Keys keys = keys_of(call, indices, rows.count, count);
     if (keys.count() < count) std::memset(result.data, 0, size_t(count) * size);
     dispatch(call[0].dtype, [&](auto kind) {
-        ExactTable<decltype(kind)> table(call, rows, 5);
+        ExactTable<decltype(kind)> table(call, rows, of_history);
         each_row_in_parallel(call, rows, keys, 3, [&](int64_t i, int64_t end) {
             table.prefetch_stamp(keys, i);
             auto place = [&](int64_t j) {
@@ -188,6 +202,11 @@ inline void exact_lookup(const Call& call) {
         });
         table.require_known();
     });
+}
+
+inline void exact_lookup(const Call& call) {
+    check_state(call, 0);
+    run_exact_lookup(call, looked_up_table(call), 4, 5);
 }
 
 }  // namespace adamax::xla

@@ -42,8 +42,10 @@ struct MetadataExtension {
 };
 
 enum class DataType : int32_t {
+    kInt8 = 2,
     kInt32 = 4,
     kInt64 = 5,
+    kUInt8 = 6,
     kUInt32 = 8,
     kUInt64 = 9,
     kFloat16 = 10,

@@ -17,13 +17,16 @@ from .rows import IndexedSlices, sum_repeats
 
 if TYPE_CHECKING:
     from .optimizer import Adamax, adamax, scale_by_adamax
+    from .state import CompactState, convert_state
     from .transform import apply_updates, global_norm, on_rows, psum
 
 __all__ = [
     "Adamax",
+    "CompactState",
     "IndexedSlices",
     "adamax",
     "apply_updates",
+    "convert_state",
     "global_norm",
     "lookup",
     "on_rows",
@@ -36,8 +39,10 @@ __all__ = [
 # These need optax, which Keras, on the rest, does without.
 _NEEDING_OPTAX = {
     "Adamax": "optimizer",
+    "CompactState": "state",
     "adamax": "optimizer",
     "apply_updates": "transform",
+    "convert_state": "state",
     "global_norm": "transform",
     "on_rows": "transform",
     "psum": "transform",

@@ -2,8 +2,9 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,25 @@ class CurrentTable(NotAnArray):
     eps: float
     name: str
 
-    def checked(self, decays: bool) -> "CurrentTable":
+    def checked(self, decays: bool) -> Self:
         """With state in the dtype of the arithmetic, if all parts are of one table.
 
         Raises:
             ValueError: they are not, or are of an optimizer unlike this one.
         """
+        expansion = Expansion.of(self.b1, self.b2, state_dtype(self.table.dtype))
+        history.check_stale_rows(self.stale, self.table, expansion, self.name)
+        if (self.stale.decay is not None) != decays:
+            other, this = ("without", "with") if decays else ("with", "without")
+            raise ValueError(
+                f"the state{self.name} is of an optimizer {other} weight decay, and this "
+                f"one is {this}: call flush() of the former, and go on with "
+                f"init(params)[2:] of this one"
+            )
+        return self.with_checked_moments()
+
+    def with_checked_moments(self) -> Self:
+        """With moments in the dtype of the arithmetic, if they fit the table."""
         expected = state_dtype(self.table.dtype)
         for name, moment in (("mu", self.mu), ("nu", self.nu)):
             is_float = jnp.issubdtype(moment.dtype, jnp.floating)
@@ -62,15 +76,6 @@ class CurrentTable(NotAnArray):
                     f"{self.table.shape}, as its parameter, got {moment.dtype} of shape "
                     f"{moment.shape}"
                 )
-        expansion = Expansion.of(self.b1, self.b2, expected)
-        history.check_stale_rows(self.stale, self.table, expansion, self.name)
-        if (self.stale.decay is not None) != decays:
-            other, this = ("without", "with") if decays else ("with", "without")
-            raise ValueError(
-                f"the state{self.name} is of an optimizer {other} weight decay, and this "
-                f"one is {this}: call flush() of the former, and go on with "
-                f"init(params)[2:] of this one"
-            )
         return replace(self, mu=self.mu.astype(expected), nu=self.nu.astype(expected))
 
     # --- Taken for an array ------------------------------------------------------------
@@ -126,7 +131,7 @@ class CurrentTable(NotAnArray):
         bind = _step_p.bind if has_verbs else _stepped
         rows = gradient.indices, gradient.values
         table, mu, nu, stamps = bind(*self._arrays(), *rows, scalars, *self._history())
-        stale = self._recorded(scalars, decay_rate, table[:1])
+        stale = self.recorded(scalars, decay_rate, table[:1])
         return table, mu, nu, stale._replace(stamps=stamps)
 
     def updated(
@@ -138,14 +143,14 @@ class CurrentTable(NotAnArray):
         )
         updates = replace(rows, values=after - before.astype(after.dtype), current=True)
         mu, nu = put_rows(self.mu, rows, mu_rows), put_rows(self.nu, rows, nu_rows)
-        stale = self._recorded(scalars, decay_rate, updates.values)
+        stale = self.recorded(scalars, decay_rate, updates.values)
         steps = jnp.broadcast_to(stale.steps, rows.indices.shape)
         stamps = put_rows(stale.stamps, rows, steps)
         return updates, mu, nu, stale._replace(stamps=stamps)
 
-    def _recorded(self, scalars: jax.Array, decay_rate: Any, result: Any) -> StaleRows:
+    def recorded(self, scalars: jax.Array, decay_rate: Any, result: Any) -> StaleRows:
         """The history after a step; all else has been read for ``result``."""
-        stale = self.stale._replace(steps=_once(self.stale.steps, result))
+        stale = self.stale._replace(steps=once(self.stale.steps, result))
         weights = Expansion.of(self.b1, self.b2, stale.recent.dtype).weights
         return history.recorded(stale, weights, scalars[0], decay_rate)
 
@@ -184,7 +189,7 @@ def is_current(node: object) -> bool:
     return isinstance(node, CurrentTable)
 
 
-def _once(number: jax.Array, result: jax.Array) -> jax.Array:
+def once(number: jax.Array, result: jax.Array) -> jax.Array:
     """``number``, known only when ``result`` is, for all that XLA can see.
 
     Where what is written into an array does not depend on what has been read of it, XLA
@@ -219,19 +224,26 @@ def _stepped_rows(*operands: jax.Array) -> tuple[IndexedSlices, jax.Array, Three
     Rows in turn take the step as well, with a gradient of zero.
     """
     (param, *_), (indices, values, scalars) = operands[:4], operands[4:7]
-    _, final, *_, (now,) = operands[7:]
-    turn = history.rows_in_turn(now, len(final), len(param))
-    values = jnp.pad(values, ((0, len(turn)), *((0, 0),) * (values.ndim - 1)))
-    both = IndexedSlices(values, jnp.concatenate([indices, turn]))
-    rows = sum_repeats(both, len(param))
+    rows = touched_or_in_turn(len(param), indices, values, operands[7:])
     before = [table_rows(table, rows) for table in operands[:4]]
     w, m, u = history.caught_up(before, operands[7:])
     return rows, before[0], stepped(w, m, u, rows.values, scalars)
 
 
+def touched_or_in_turn(
+    count: int, indices: jax.Array, values: jax.Array, of_history: Sequence[jax.Array]
+) -> IndexedSlices:
+    """A gradient that also has the rows in turn of a table of ``count`` rows."""
+    _, final, *_, (now,) = of_history
+    turn = history.rows_in_turn(now, len(final), count)
+    values = jnp.pad(values, ((0, len(turn)), *((0, 0),) * (values.ndim - 1)))
+    both = IndexedSlices(values, jnp.concatenate([indices, turn]))
+    return sum_repeats(both, count)
+
+
 def _stepped(*operands: jax.Array) -> tuple[jax.Array, ...]:
     rows, _, after = _stepped_rows(*operands)
-    now = _once(operands[-1][0], after[0]) + 1
+    now = once(operands[-1][0], after[0]) + 1
     new = *after, jnp.broadcast_to(now, rows.indices.shape)
     return tuple(map(put_rows, operands[:4], [rows] * 4, new))
 

@@ -64,21 +64,21 @@ def init_stale_rows(param: Any, expansion: Expansion, decays: bool) -> StaleRows
     entries = 1 << (enough - 1).bit_length()
     return StaleRows(
         jnp.zeros((), jnp.int32),
-        _zeros_by_rows(param),
+        zeros_by_rows(param, jnp.int32),
         jnp.zeros((2, *expansion.weights.shape), dtype),
         jnp.zeros((entries, expansion.terms), dtype),
         jnp.zeros((entries, 3), dtype) if decays else None,
     )
 
 
-def _zeros_by_rows(param: Any) -> jax.Array:
+def zeros_by_rows(param: Any, dtype: Any) -> jax.Array:
     """A zero for each row, on the devices where the row is."""
     is_traced = isinstance(param, jax.core.Tracer)
     sharding: Any = None if is_traced else getattr(param, "sharding", None)
     by_rows = None
     if isinstance(getattr(sharding, "mesh", None), jax.sharding.Mesh):
         by_rows = sharding.update(spec=jax.P(*sharding.spec[:1]))
-    return jnp.zeros(jnp.shape(param)[0], jnp.int32, device=by_rows)
+    return jnp.zeros(jnp.shape(param)[0], dtype, device=by_rows)
 
 
 def check_stale_rows(stale: StaleRows, param: Any, expansion: Expansion, name: str) -> None:
@@ -206,10 +206,7 @@ def caught_up(tables: Sequence[jax.Array], history: History) -> Three:
     newer = recent[0, jnp.clip(behind - 1, 0, window - 1)]
     sums = jnp.where((behind > window)[:, None], older, newer)
 
-    of_digits = [
-        powers[:, place, (behind // _BASE**place) & (_BASE - 1)] for place in range(_DIGITS)
-    ]
-    of_m, of_u = (factor[of_row] for factor in functools.reduce(jnp.multiply, of_digits))
+    of_m, of_u = (factor[of_row] for factor in _decays(behind, powers))
 
     denominator = u + eps
     two_t = 4 * quotient(u, denominator) - 2  # t = 2 * x - 1
@@ -226,6 +223,20 @@ def caught_up(tables: Sequence[jax.Array], history: History) -> Three:
     )
     # As it is read, and stored.
     return after.astype(w.dtype).astype(m.dtype), m, u
+
+
+def decay_of_norms(stamps: jax.Array, history: History) -> jax.Array:
+    """What the norms of rows have decayed by since their stamps."""
+    *_, powers, _, (now,) = history
+    return _decays(now - stamps, powers)[1]
+
+
+def _decays(behind: jax.Array, powers: jax.Array) -> jax.Array:
+    """The factors of the moments, and of the norms, of rows that are behind."""
+    of_digits = [
+        powers[:, place, (behind // _BASE**place) & (_BASE - 1)] for place in range(_DIGITS)
+    ]
+    return functools.reduce(jnp.multiply, of_digits)
 
 
 def _decayed(decay: jax.Array, since: jax.Array, now: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Adamax, a transformation of optax that also takes whole steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeAlias
 
@@ -8,14 +8,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.compact import check_betas, check_state_dtype
 from .._core.exact import Expansion
 from .._core.rule import check_learning_rate, checked_number, decay_factor
 from ._compat import is_placeholder
+from .compact import random_of_leaves
+from .compact_exact import CompactTable
+from .compact_rule import scalars_of, take_step, take_update
 from .exact import CurrentTable, check_current, is_current
 from .gradients import lookup
 from .history import StaleRows, init_stale_rows
 from .rows import PyTree, check_rows, is_gradient, is_slices
-from .rule import StepScalars, state_dtype, step_array, step_rows, stepped, updated_rows
+from .rule import StepScalars, step_array, step_rows, stepped, updated_rows
+from .rule import state_dtype as arithmetic_dtype
+from .state import (
+    check_frame_of_rows,
+    check_kind,
+    check_parameter,
+    checked,
+    moments_of,
+    new_frame,
+    trees_of,
+    zero_moments,
+)
 from .trees import Leaves, at, for_each_parameter
 
 Scalar: TypeAlias = jax.typing.ArrayLike
@@ -48,12 +63,23 @@ class Adamax(optax.GradientTransformationExtraArgs):
         weight_decay: Any = 0.0,
         mask: Any = None,
         sparse: Any = "lazy",
+        state_dtype: str = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         is_number = not (isinstance(learning_rate, jax.Array) or callable(learning_rate))
         self._learning_rate = float(learning_rate) if is_number else learning_rate
         self._b1, self._b2 = _checked("beta_1", b1), _checked("beta_2", b2)
         self._eps = _checked("epsilon", eps)
         self._weight_decay = _checked("weight_decay", weight_decay)
+        self._kind = check_state_dtype(state_dtype)
+        if not isinstance(stochastic_rounding, bool):
+            raise TypeError(
+                f"stochastic_rounding must be a bool, got {stochastic_rounding!r}"
+            )
+        self._stochastic = stochastic_rounding
+        numbers = isinstance(self._b1, float) and isinstance(self._b2, float)
+        if self._kind == "8bit" and numbers:
+            check_betas(self._b1, self._b2, "b1 and b2")
         self._mask, self._sparse = mask, sparse
         self._is_lazy = isinstance(sparse, str) and sparse == "lazy"
         self._has_decay = not (isinstance(weight_decay, int | float) and weight_decay == 0)
@@ -190,35 +216,25 @@ class Adamax(optax.GradientTransformationExtraArgs):
         """
         self._check_state(state)
         of_moments, of_rate, *stale = state
-        each = Leaves(params, of_moments.mu, of_moments.nu)
+        each = Leaves(params, *trees_of(of_moments))
         tables = self._tables(each, params, state)
 
-        def flush_leaf(leaf: int, param: Any, mu: Any, nu: Any) -> Any:
+        def flush_leaf(leaf: int, *arrays: Any) -> Any:
             table = tables[leaf]
-            return (param, mu, nu, None) if table is None else table.flushed()
+            return (*arrays, None) if table is None else table.flushed()
 
-        params, mu, nu, of_tables = each.map(flush_leaf, results=4)
-        state = (of_moments._replace(mu=mu, nu=nu), of_rate)
+        results = len(trees_of(of_moments)) + 2
+        params, *moments, of_tables = each.map(flush_leaf, results)
+        state = (moments_of(of_moments.count, moments), of_rate)
         return params, (*state, of_tables) if stale else state
 
     # --- State -------------------------------------------------------------------------
 
     def _init(self, params: PyTree) -> PyTree:
-        def zeros(path: Any, param: Any) -> jax.Array:
-            dtype = jnp.result_type(param)
-            if not jnp.issubdtype(dtype, jnp.inexact):
-                raise TypeError(
-                    f"parameters must be floating-point, got {dtype}{at(path)}; "
-                    f"optax.masked() leaves parameters out"
-                )
-            return jnp.zeros_like(param, state_dtype(dtype))
-
-        # Two of each, as all may be donated.
-        mu, nu = (jax.tree.map_with_path(zeros, params) for _ in range(2))
-        count, of_rate = (jnp.zeros([], jnp.int32) for _ in range(2))
+        moments, of_rate = zero_moments(params, self._kind), jnp.zeros([], jnp.int32)
         is_schedule = callable(self._learning_rate)
         state = (
-            optax.ScaleByAdamState(count, mu, nu),
+            moments,
             optax.ScaleByScheduleState(of_rate) if is_schedule else optax.EmptyState(),
         )
         if self._is_lazy:
@@ -239,8 +255,10 @@ class Adamax(optax.GradientTransformationExtraArgs):
                     f"a parameter with sparse='exact' must have rows of real numbers, got "
                     f"{dtype} of shape {shape}{name}"
                 )
+            if self._kind == "8bit":
+                check_frame_of_rows(param, new_frame(param), name)
             self._check_decay(decays[leaf], name)
-            expansion = self._expansion(state_dtype(dtype))
+            expansion = self._expansion(arithmetic_dtype(dtype))
             return (init_stale_rows(param, expansion, decays[leaf]),)
 
         return (*state, *each.map(init_leaf, results=1))
@@ -255,6 +273,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
                 f"optax.ScaleByAdamState; of an optax.chain it is the part of this "
                 f"transformation; got {type(state).__name__}({kinds})"
             )
+        check_kind(parts[0], self._kind)
         if len(state) != (2 if self._is_lazy else 3):
             raise ValueError(
                 f"state must have {'two parts' if self._is_lazy else 'three parts'} where "
@@ -279,17 +298,29 @@ class Adamax(optax.GradientTransformationExtraArgs):
         if params is None:
             raise ValueError("with sparse='exact' the parameters must be given, got None")
 
-        def table(name: str, decays: bool, *parts: Any) -> CurrentTable | None:
+        def table(name: str, random: Any, decays: bool, *parts: Any) -> Any:
             if not isinstance(parts[-1], StaleRows):
                 return None
             self._check_decay(decays, name)
-            param, mu, nu, rows = jax.tree.map(jnp.asarray, parts)
-            numbers = {"b1": self._b1, "b2": self._b2, "eps": self._eps}
-            return CurrentTable(param, mu, nu, rows, **numbers, name=name).checked(decays)
+            param, mu, nu, *frames, rows = jax.tree.map(jnp.asarray, parts)
+            made: dict[str, Any] = {"table": param, "mu": mu, "nu": nu, "stale": rows}
+            made |= {"b1": self._b1, "b2": self._b2, "eps": self._eps, "name": name}
+            if random is None:
+                return CurrentTable(**made).checked(decays)
+            made |= {"frame": frames[0] if frames else None, "kind": self._kind}
+            return CompactTable(**made, random=random).checked(decays)
 
-        trees = (params, of_moments.mu, of_moments.nu, stale[0])
-        columns = self._decays(each, params), *map(each.flatten, trees)
+        random = self._random(optax.safe_increment(of_moments.count), each)
+        trees = (params, *trees_of(of_moments), stale[0])
+        columns = random, self._decays(each, params), *map(each.flatten, trees)
         return [table(*row) for row in zip(each.names, *columns, strict=True)]
+
+    def _random(self, count: Any, each: Leaves) -> Any:
+        """For each leaf what rounds it in a step, or None."""
+        if self._kind == "float32" and not self._stochastic:
+            return [None] * len(each)
+        of_all = random_of_leaves(jnp.asarray(count), len(each), self._stochastic)
+        return [(of_all, jnp.full(1, leaf, jnp.int32)) for leaf in range(len(each))]
 
     # --- Steps -------------------------------------------------------------------------
 
@@ -301,27 +332,38 @@ class Adamax(optax.GradientTransformationExtraArgs):
         of_moments, _, *stale = state
         if params is None and self._has_decay:
             raise ValueError("with weight_decay the parameters must be given, got None")
+        if params is None and self._stochastic:
+            raise ValueError(
+                "with stochastic_rounding the parameters must be given, got None"
+            )
         scalars, of_rate = self._scalars(state)
         likes = gradients if params is None else params
-        each = Leaves(gradients, likes, of_moments.mu, of_moments.nu)
+        each = Leaves(gradients, likes, *trees_of(of_moments))
         decays = self._decays(each, likes)
         tables = self._tables(each, params, state)
         before = each.flatten(stale[0]) if stale else [None] * len(each)
+        random = self._random(scalars.count, each)
 
         def step_leaf(leaf: int, gradient: Any, *arrays: Any) -> Any:
             name, table = each.names[leaf], tables[leaf]
             if gradient is None:
                 return None if as_update else arrays[0], *arrays[1:], before[leaf]
             if table is None:
+                rounding = self._kind, self._stochastic, random[leaf]
                 options = decays[leaf], as_update, name
-                return *_step_leaf(gradient, arrays, scalars, *options), None
+                return *_step_leaf(gradient, arrays, scalars, rounding, *options), None
             check_current(gradient, table, name)
-            of_step = scalars.array(table.mu.dtype, decays[leaf])
-            rate = scalars.decay_rate(table.mu.dtype) if decays[leaf] else None
+            dtype = table.stale.recent.dtype
+            if isinstance(table, CompactTable):
+                of_step = scalars_of(scalars, decays[leaf], as_update=False)
+            else:
+                of_step = scalars.array(dtype, decays[leaf])
+            rate = scalars.decay_rate(dtype) if decays[leaf] else None
             return (table.updated if as_update else table.stepped)(gradient, of_step, rate)
 
-        params, mu, nu, of_tables = each.map(step_leaf, results=4)
-        state = (optax.ScaleByAdamState(scalars.count, mu, nu), of_rate)
+        results = len(trees_of(of_moments)) + 2
+        params, *moments, of_tables = each.map(step_leaf, results)
+        state = (moments_of(scalars.count, moments), of_rate)
         return params, (*state, of_tables) if stale else state
 
     def _scalars(self, state: PyTree) -> tuple[StepScalars, PyTree]:
@@ -372,6 +414,8 @@ def adamax(
     mask: Any = None,
     *,
     sparse: Any = "lazy",
+    state_dtype: str = "float32",
+    stochastic_rounding: bool = False,
 ) -> Adamax:
     r"""Adamax (Adam with the infinity norm), in place of :func:`optax.adamax`.
 
@@ -418,6 +462,15 @@ def adamax(
             :meth:`Adamax.current` or :meth:`Adamax.lookup`, and the state has a third part.
             ``1 - learning_rate * weight_decay`` must be at least ``b1``: this is checked
             where both are numbers, and else rows that catch up are wrong where it is not.
+        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"``: what ``mu`` and ``nu`` are
+            kept in, 8, 4 or 2 bytes for an element of both. With ``"8bit"`` they are codes,
+            and the state begins with a :class:`CompactState`, which also has 4 bytes for
+            each row of parameters with two or more axes. Only those then take gradients of
+            rows. :func:`convert_state` converts the state of a checkpoint.
+        stochastic_rounding: whether parameters in bfloat16 are rounded up or down at
+            random, so that moves too small for them are right on average. In ``update`` it
+            is the sum of parameter and update that is, so that nothing should come after
+            it in a chain.
 
     Raises:
         TypeError: an argument of the wrong type; with ``sparse="exact"`` also ``b1``,
@@ -425,7 +478,10 @@ def adamax(
         ValueError: a number out of its range, NaN included. Arrays of JAX are not looked
             at, as they may be traced. With ``sparse="exact"`` also betas for which it would
             take too long, and in ``step`` and ``update`` a gradient that is not of rows, or
-            of rows that may have been stale when they were read.
+            of rows that may have been stale when they were read. With compact state also
+            betas for which ``mu / nu`` could be more than 1.25, in ``init`` parameters in
+            float64 or complex numbers, and in ``step`` and ``update`` a state of another
+            ``state_dtype``.
 
     >>> import jax, jax.numpy as jnp
     >>> from adamax.jax import IndexedSlices, apply_updates
@@ -449,7 +505,8 @@ def adamax(
     """
     if not isinstance(learning_rate, jax.Array):
         check_learning_rate(learning_rate)  # type: ignore[arg-type]
-    return Adamax(learning_rate, b1, b2, eps, weight_decay, mask, sparse)
+    options = weight_decay, mask, sparse, state_dtype, stochastic_rounding
+    return Adamax(learning_rate, b1, b2, eps, *options)
 
 
 def scale_by_adamax(
@@ -491,45 +548,72 @@ def _step_leaf(
     gradient: Any,
     arrays: Any,
     scalars: StepScalars,
+    rounding: tuple[str, bool, Any],
     decays: bool,
     as_update: bool,
     name: str,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """One parameter, or what is to be added to it, and its state after a step.
 
     ``arrays`` are the parameter, or without one the gradient, and its state.
     """
-    param, mu, nu = arrays
-    like = param.values if is_slices(param) else param
-    if as_update and not decays:  # then it has no part in the update
-        param = jnp.zeros((), jnp.result_type(like))
+    (kind, stochastic, random), (param, *of_state) = rounding, arrays
+    dtype = jnp.result_type(param.values if is_slices(param) else param)
+    stochastic = stochastic and dtype == jnp.bfloat16
+    is_difference = as_update and stochastic
+    if as_update and not (decays or is_difference):  # then it has no part in the update
+        param = jnp.zeros((), dtype)
     else:
         param = jnp.asarray(param)
-    of_state = {jnp.result_type(mu), jnp.result_type(nu)}
-    if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in of_state):
-        raise TypeError(f"the state must be floating-point, got {of_state}{name}")
-    mu, nu = (moment.astype(state_dtype(mu.dtype)) for moment in map(jnp.asarray, (mu, nu)))
-    if not mu.shape == nu.shape == (param.shape or mu.shape):
-        raise ValueError(
-            f"the state must have the shape of its parameter, {param.shape}, got mu "
-            f"{mu.shape} and nu {nu.shape}{name}"
-        )
-    of_step = scalars.array(mu.dtype, decays, as_update)
-    if not is_slices(gradient):
+    if kind == "float32":
+        state = _checked_moments(param.shape, of_state, name)
+    else:
+        check_parameter(dtype, kind, name)
+        state = checked(kind, param.shape or jnp.shape(of_state[0]), of_state, name)
+    table = state[0]
+    if is_slices(gradient):
+        check_rows(gradient, table, f"the gradient{name}")
+        if kind == "8bit":
+            check_frame_of_rows(table, state[2], name)
+    else:
         gradient = jnp.asarray(gradient)
-        if gradient.shape != mu.shape:
+        if gradient.shape != table.shape:
             raise ValueError(
-                f"a gradient must have the shape of its parameter, {mu.shape}, "
+                f"a gradient must have the shape of its parameter, {table.shape}, "
                 f"got {gradient.shape}{name}"
             )
+    if kind != "float32" or stochastic:
+        of_step = scalars_of(scalars, decays, as_update and not is_difference)
+        operands = param, state, gradient, of_step, random
+        if as_update:
+            return take_update(*operands, is_difference=is_difference)
+        return take_step(*operands)
+    of_step, (mu, nu) = scalars.array(table.dtype, decays, as_update), state
+    if not is_slices(gradient):
         # XLA makes one pass of an update and what comes after it.
         return (stepped if as_update else step_array)(param, mu, nu, gradient, of_step)
-    check_rows(gradient, mu, f"the gradient{name}")
     if not as_update:
         return step_rows(param, mu, nu, gradient, of_step)
     update, mu, nu = updated_rows(param, mu, nu, gradient, of_step)
     # lax.cond wants updates to have the structure of the gradients, to the last flag.
     return replace(update, distinct=gradient.distinct, current=gradient.current), mu, nu
+
+
+def _checked_moments(
+    shape: tuple[int, ...], of_state: Sequence[Any], name: str
+) -> list[jax.Array]:
+    """``mu`` and ``nu`` as arrays in the dtype of the arithmetic; shape () is any."""
+    dtypes = {jnp.result_type(moment) for moment in of_state}
+    if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        raise TypeError(f"the state must be floating-point, got {dtypes}{name}")
+    mu, nu = map(jnp.asarray, of_state)
+    mu, nu = (moment.astype(arithmetic_dtype(mu.dtype)) for moment in (mu, nu))
+    if not mu.shape == nu.shape == (shape or mu.shape):
+        raise ValueError(
+            f"the state must have the shape of its parameter, {shape}, got mu "
+            f"{mu.shape} and nu {nu.shape}{name}"
+        )
+    return [mu, nu]
 
 
 def _checked(hyperparameter: str, value: Any) -> Any:

@@ -307,8 +307,12 @@ def table_rows(table: jax.Array, rows: IndexedSlices) -> jax.Array:
 def put_rows(table: jax.Array, rows: IndexedSlices, values: jax.Array) -> jax.Array:
     """``table`` with ``values``, as its dtype, in the distinct ``rows``."""
     operands = table, rows.indices, values.astype(table.dtype)
-    has_verb = table.dtype in FLOATS or table.dtype == jnp.int32
-    changed: jax.Array = (_put_p.bind if has_verb else _put)(*operands)[0]
+    put = _put
+    if table.dtype in FLOATS or table.dtype == jnp.int32:
+        put = _put_p.bind
+    elif table.dtype in (jnp.int8, jnp.uint8):
+        put = _put_codes_p.bind
+    changed: jax.Array = put(*operands)[0]
     return changed
 
 
@@ -331,4 +335,5 @@ def _not_from_the_end(indices: jax.Array) -> jax.Array:
 # What XLA makes of these on a CPU goes from element to element, in one thread.
 _sum_p = primitive("sum", _sum, outputs=_shapes_of_sum)
 _put_p = primitive("put", _put, in_place=1)
+_put_codes_p = primitive("8bit_put", _put, in_place=1)
 _add_p = primitive("add", _add, in_place=1)

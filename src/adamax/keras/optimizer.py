@@ -74,6 +74,8 @@ class Adamax(BackendOptimizer):
             None for 1.
         gradient_accumulation_steps: how many gradients are averaged before each update;
             None for 1.
+        state_dtype: ``"float32"``. Compact state, which other front ends have, is not
+            available in Keras.
         name: name of the optimizer; None for one that is made up.
 
     Raises:
@@ -112,12 +114,18 @@ class Adamax(BackendOptimizer):
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
+        state_dtype: str = "float32",
         **kwargs: Any,
     ) -> None:
         if kwargs:
             reject_unknown(kwargs, inspect.signature(Adamax).parameters, "argument")
         if not (name is None or isinstance(name, str)):
             raise TypeError(f"name must be a string or None, got {name!r}")
+        if state_dtype != "float32":
+            raise ValueError(
+                f"state_dtype must be 'float32' in Keras, got {state_dtype!r}: compact "
+                f"state needs adamax.torch or adamax.jax"
+            )
         if not callable(learning_rate):
             learning_rate = min(_constant("learning_rate", learning_rate), _LARGEST)
         if use_ema and not 0 <= ema_momentum <= 1:

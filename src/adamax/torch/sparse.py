@@ -104,9 +104,21 @@ def has_rows(frame: Tensor | None) -> bool:
     return frame is not None and frame.numel() != 1
 
 
+def check_frames(batch: Batch, called: Called) -> None:
+    """Raise for gradients that frames do not allow."""
+    if batch.frames is None:
+        return
+    for param, grad, frame in zip(batch.params, batch.grads, batch.frames, strict=True):
+        if frame is not None and grad.is_sparse and grad.sparse_dim() != 1:
+            raise ValueError(
+                f"state_dtype='8bit' needs gradients that are sparse in the rows alone, "
+                f"got one of {called(param)} with {grad.sparse_dim()} sparse dimensions"
+            )
+
+
 def frame_of_rows(frame: Tensor, rows: int) -> Tensor:
     """The frame of 8-bit state, which gets one number for each row."""
-    if frame.numel() != rows:
+    if frame.numel() == 1 != rows:  # another number does not fit, which verbs find
         frame.data = frame.detach().expand(rows).clone()
     return frame
 

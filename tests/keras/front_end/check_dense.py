@@ -136,6 +136,13 @@ def test_hyperparameters_are_no_variables(name):
         Adamax(**{name: keras.Variable(0.5)})
 
 
+def test_compact_state_is_refused():
+    Adamax(state_dtype="float32")
+    message = r"^state_dtype must be 'float32' in Keras, got '8bit': .* adamax\.torch or"
+    with pytest.raises(ValueError, match=message):
+        Adamax(state_dtype="8bit")
+
+
 def test_a_name_may_be_left_to_keras():
     assert Adamax(name=None).name != Adamax(name=None).name
 
