@@ -252,10 +252,9 @@ def test_repeats_are_summed(rng, monkeypatch, kind, count):
     assert_as_on_the_cpu(optimizer, gradients, monkeypatch, equal=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_sparse_dimensions(rng, monkeypatch, kind):
+def test_several_sparse_dimensions(rng, monkeypatch):
     at = np.array([[0, 2, 1, 1], [1, 0, 0, 1]])
-    optimizer = start(rng, shapes=[(3, 2, 5)], state_dtype=kind)
+    optimizer = start(rng, shapes=[(3, 2, 5)], state_dtype="bfloat16")
     gradients = [[rows_of(draw(rng, (4, 5)), at, (3, 2, 5))] for _ in range(3)]
     assert_as_on_the_cpu(optimizer, gradients, monkeypatch)
 
