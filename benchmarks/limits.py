@@ -88,7 +88,8 @@ def _library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise CannotMeasureError("no C++ compiler was found to compile memory_pass.cpp")
-    source = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:12]
+    made_of = _SOURCE.read_bytes() + " ".join(_FLAGS).encode()
+    source = hashlib.sha256(made_of).hexdigest()[:12]
     library = _BUILD / f"memory_pass-{source}.so"
     if not library.exists():
         _BUILD.mkdir(parents=True, exist_ok=True)
