@@ -231,7 +231,7 @@ def native_steps() -> Iterator[list[tuple[int, int]]]:
     def step(*args: Any) -> Any:
         result = verb(*args)
         if result is None:
-            steps.append((sum(w.numel() for w in args[0]), len(args[5])))
+            steps.append((sum(w.numel() for w in args[0]), len(args[6])))
         return result
 
     with mock.patch.object(kernels(), "step", step):

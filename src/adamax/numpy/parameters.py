@@ -1,5 +1,6 @@
 """Parameters and their state: what an optimizer holds for each array."""
 
+import itertools
 import math
 import operator
 import os
@@ -167,16 +168,17 @@ class Parameters:
         self._state_dir = state_dir
         self.state_dtype = state_dtype
         self._process = os.getpid()
-        self._by_name: dict[str, Parameter] = {}
-        self._by_id: dict[int, Parameter] = {}
+        # By names and by the ids of arrays, in one dict: an interrupt may come between two.
+        self._known: dict[str | int, Parameter] = {}
         self._next_number = 0
         self.is_copy = False
 
     def __iter__(self) -> Iterator[Parameter]:
-        return iter(list(self._by_name.values()))
+        known = list(self._known.items())
+        return iter([parameter for key, parameter in known if isinstance(key, str)])
 
     def find(self, array: Array) -> Parameter | None:
-        return self._by_id.get(id(array))
+        return self._known.get(id(array))
 
     def of(self, arrays: Sequence[Array]) -> tuple[list[Parameter], bool]:
         """The parameter of each array, and whether all were known; no new one is adopted.
@@ -190,7 +192,7 @@ class Parameters:
                 "this is a forked process, which shares the files in state_dir with its "
                 "parent: create an optimizer of its own with another state_dir"
             )
-        found = list(map(self._by_id.get, map(id, arrays)))
+        found = list(map(self._known.get, map(id, arrays)))
         known = [parameter for parameter in found if parameter is not None]
         if len(known) < len(arrays) or len(set(known)) < len(arrays):
             parameters = self.checked(arrays)
@@ -227,21 +229,22 @@ class Parameters:
         parameters: list[Parameter] = []
         fresh: list[Parameter] = []
         seen: dict[int, Parameter] = {}
+        numbers = (str(n) for n in itertools.count(self._next_number))
+        free = (number for number in numbers if number not in self._known)
         for position, array in enumerate(arrays):
             if id(array) in seen:
                 name = seen[id(array)].name
                 raise ValueError(f"parameter {name!r} occurs more than once")
-            parameter = self._by_id.get(id(array))
+            parameter = self._known.get(id(array))
             if parameter is None:
-                number = str(self._next_number + len(fresh))
-                name = names[position] if names else number
+                name = names[position] if names else next(free)
                 parameter = Parameter(array, name, self.state_dtype)
                 fresh.append(parameter)
             seen[id(array)] = parameter
             parameters.append(parameter)
         if fresh:
             _check_disjoint(self, fresh)
-            taken = set(self._by_name)
+            taken = {parameter.name for parameter in self}
             for parameter in fresh:
                 if parameter.name in taken:
                     raise ValueError(
@@ -252,18 +255,22 @@ class Parameters:
 
     def adopt(self, parameters: Iterable[Parameter]) -> None:
         """Allocate state for the new ones among ``parameters``: for all of them or none."""
-        fresh = [p for p in parameters if self._by_name.get(p.name) is not p]
+        fresh = [p for p in parameters if self._known.get(p.name) is not p]
         if not fresh:
             return
         state = zero_state(fresh, self._state_dir, self._next_number)
         for parameter, of_parameter in zip(fresh, state, strict=True):
             parameter.state = of_parameter
-            self._add(parameter)
-            parameter.let_go(self._forgets(parameter.name))
+        self._add(fresh)
         self._next_number += len(fresh)
+        for parameter in fresh:
+            parameter.let_go(self._forgets(parameter.name))
 
-    def _add(self, parameter: Parameter) -> None:
-        self._by_name[parameter.name] = self._by_id[id(parameter.array)] = parameter
+    def _add(self, parameters: Sequence[Parameter]) -> None:
+        """Add all or none, whenever an interrupt comes."""
+        added: dict[str | int, Parameter] = {p.name: p for p in parameters}
+        added.update((id(p.array), p) for p in parameters)
+        self._known.update(added)
 
     def _forgets(self, name: str) -> Callable[[int, bool], None]:
         """What frees state when an array is gone; does not keep this alive."""
@@ -272,14 +279,14 @@ class Parameters:
         def gone(key: int, forever: bool) -> None:
             parameters = reference()
             if parameters is not None:
-                parameters._by_id.pop(key, None)
+                parameters._known.pop(key, None)
                 if forever:
-                    parameters._by_name.pop(name, None)
+                    parameters._known.pop(name, None)
 
         return gone
 
     def forget(self, parameter: Parameter) -> None:
-        del self._by_name[parameter.name], self._by_id[id(parameter.array)]
+        del self._known[parameter.name], self._known[id(parameter.array)]
 
     def begun_anew(self) -> "Parameters":
         """Without parameters."""
@@ -300,8 +307,7 @@ class Parameters:
         self.__init__(state["state_dir"], state_dtype)  # type: ignore[misc]
         self._next_number = state["next_number"]
         self.is_copy = True
-        for parameter in state["parameters"]:
-            self._add(parameter)  # which keeps its array: nothing else may hold it
+        self._add(state["parameters"])  # which keep their arrays: nothing else may do so
 
 
 def _check_disjoint(known: Iterable[Parameter], fresh: Sequence[Parameter]) -> None:
