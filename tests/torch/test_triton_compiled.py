@@ -17,6 +17,10 @@ from frameworks import framework
 CAPABILITIES = (80, 90)
 
 
+# All in one worker, which compiles the kernels once.
+pytestmark = pytest.mark.xdist_group("compiled by Triton")
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """What ``compile_triton.py`` tells of each kernel, by name and what it stores."""
