@@ -196,6 +196,22 @@ def test_dense_steps_have_the_same_bits_everywhere(rng, tmp_path, kind, dtype, l
 
 @pytest.mark.skipif(not NATIVE, reason="the native core was not built")
 @pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_scalars_have_the_same_bits_everywhere(kind):
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        state = State(np.ones((), np.dtype(ml_dtypes.bfloat16)), kind)
+        with Using(implementation) as verbs:
+            for step in range(4):
+                g = np.array(0.3 - step, np.float32)
+                assert dense(verbs, state, g, step + 1, stochastic=1.0) is None
+        results.append([np.array(x) for x in state.arrays()])
+    for result in results[:-1]:
+        for actual, expected in zip(result, results[-1], strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native core was not built")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", W_DTYPES)
 def test_exact_steps_of_rows_have_the_same_bits_everywhere(kind, dtype):
     results = []

@@ -145,6 +145,21 @@ def test_bfloat16_parameters_move_with_stochastic_rounding():
         assert moved == pytest.approx(0.1 if stochastic else 0, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scalar_is_a_parameter_too(kind):
+    w = np.ones((), np.float32)
+    first = Adamax(0.1, state_dtype=kind)
+    for _ in range(3):
+        first.apply_gradients([(np.ones((), np.float32), w)])
+    assert w == pytest.approx(0.7, abs=0.05)
+    other = w.copy()
+    second = Adamax(0.1, state_dtype=kind)
+    second.load_state_dict(first.state_dict(), [other])
+    assert_same(first, second, [w], [other])
+    second.load_state_dict(first.state_dict(state_dtype="float32"))
+    assert second.state_dict(state_dtype="float32")["0.m"].shape == ()
+
+
 # --- Checkpoints --------------------------------------------------------------------------
 
 
@@ -205,6 +220,15 @@ def check_close(first, second, target):
         limit = 2**0.1251 - 1 if target == "8bit" else 0.005
         np.testing.assert_allclose(actual[f"{name}.u"], u, rtol=limit)
         assert (np.abs(actual[f"{name}.m"] - m) <= worst * 1.1 * u + 0.005 * abs(m)).all()
+
+
+def test_state_whose_view_is_gone_is_converted_too():
+    base = np.ones((4, 6), np.float32)
+    optimizer, view = Adamax(state_dtype="8bit"), base[:, :3]
+    optimizer.apply_gradients([(np.ones((4, 3), np.float32), view)])
+    del view
+    state = optimizer.state_dict(state_dtype="float32")
+    np.testing.assert_allclose(state["0.u"], 1, rtol=0.1)
 
 
 def broken(name, value):

@@ -235,6 +235,13 @@ def test_subclasses_make_their_own_kind():
     assert type(Mine.from_config(Adamax().get_config())) is Mine
     assert repr(Mine()).startswith("Mine(")
 
+    class Demanding(Adamax):
+        def __init__(self, learning_rate, **others):
+            super().__init__(learning_rate, **others)
+
+    config = Adamax(0.5).get_config()
+    assert Demanding.from_config(config).get_config() == config
+
 
 def test_steps_are_the_same_after_a_round_trip():
     original = Adamax(Halving(0.5), beta_1=0.8, beta_2=0.95, epsilon=1e-3, clipnorm=0.5)

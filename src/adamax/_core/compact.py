@@ -119,8 +119,9 @@ def random_bits(seed: int, operand: int, numbers: Array) -> npt.NDArray[np.uint3
     for each in np.unique(high):
         key[high == each] = _mixed((_mixed(seed) + int(each) * 4 + operand) & _WORD)
     a, b = key.astype(np.uint32), (key >> np.uint64(32)).astype(np.uint32)
-    x: Array = (numbers.astype(np.uint32) ^ a) * np.uint32(0x7FEB352D)
-    x = ((x ^ (x >> 15)) + b) * np.uint32(0x846CA68B)
+    with np.errstate(over="ignore"):  # which NumPy tells of scalars
+        x: Array = (numbers.astype(np.uint32) ^ a) * np.uint32(0x7FEB352D)
+        x = ((x ^ (x >> 15)) + b) * np.uint32(0x846CA68B)
     return np.asarray((x ^ (x >> 16)) >> 16)
 
 

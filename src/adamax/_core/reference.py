@@ -280,18 +280,18 @@ class _Table:
         stochastic: bool,
     ) -> None:
         """Write elements, whose norms have been multiplied by ``decay``."""
-        positions = _positions(self.w.array, at)
+
+        def random(place: int) -> Array:
+            return random_bits(seed, place, _positions(self.w.array, at))
+
         operands = self.w, self.m, self.u
         for place in (0,) if self.is_8bit else (0, 1, 2):
-            operand, random = operands[place], None
-            if operand.dtype == "bfloat16" and (place > 0 or stochastic):
-                random = random_bits(seed, place, positions)
-            operand.write(numbers[place], at, random)
+            operand = operands[place]
+            rounds = operand.dtype == "bfloat16" and (place > 0 or stochastic)
+            operand.write(numbers[place], at, random(place) if rounds else None)
         if self.is_8bit:
-            after = frame_after(self.frames if at is ... else self.frames[at], decay)
-            self.frames[at] = after
-            bits = random_bits(seed, 1, positions)
-            codes = encode(*numbers[1:], self._frame(at), bits)
+            self.frames[at] = frame_after(self.frames[at], decay)
+            codes = encode(*numbers[1:], self._frame(at), random(1))
             self.m.array[at], self.u.array[at] = codes
 
     def _frame(self, at: Any) -> Array:

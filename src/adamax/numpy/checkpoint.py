@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._core.memory import zeros_beside
-from .state import ArrayLike, Part, dtypes_of, kind_of, moments, store
+from .state import ArrayLike, Part, kind_of, moments, store
 
 try:
     import fcntl
@@ -262,10 +262,8 @@ def in_float32(parameter: WithState) -> State:
     """A copy of a parameter's state, not compact."""
     if parameter.state_dtype == "float32":
         return {part: array.copy() for part, array in parameter.state.items()}
-    assert parameter.array is not None
-    state: State = {}
-    for part in dtypes_of("float32", parameter.array.dtype):
-        state[part] = np.zeros(parameter.state["m"].shape, np.float32)
+    shape = parameter.state["m"].shape
+    state: State = {"m": np.zeros(shape, np.float32), "u": np.zeros(shape, np.float32)}
     _copy(parameter.state, "float32", state)
     return state
 

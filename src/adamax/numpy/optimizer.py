@@ -617,7 +617,7 @@ class Adamax:
         >>> Adamax.from_config(Adamax(beta_1=0.8).get_config()).hyperparameters.beta_1
         0.8
         """
-        rule.reject_unknown(config, cls()._arguments(), "entry of config")
+        rule.reject_unknown(config, Adamax()._arguments(), "entry of config")
         arguments = dict(config)
         if isinstance(arguments.get("learning_rate"), Mapping):
             arguments["learning_rate"] = schedule_from_config(

@@ -303,8 +303,7 @@ class Parameters:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state_dtype = state.get("state_dtype", "float32")
-        self.__init__(state["state_dir"], state_dtype)  # type: ignore[misc]
+        self.__init__(state["state_dir"], state["state_dtype"])  # type: ignore[misc]
         self._next_number = state["next_number"]
         self.is_copy = True
         self._add(state["parameters"])  # which keep their arrays: nothing else may do so

@@ -93,6 +93,7 @@ def store(kind: str, parts: Mapping[Part, Array], at: Any, m: Array, u: Array) -
 
 def _frame_at(frame: ArrayLike, at: Any, ndim: int) -> Array:
     """The frames of some rows, in a shape that can be broadcast."""
-    if frame.shape == (1,) or at == ():
-        return np.asarray(frame[0:1])
-    return np.asarray(frame[at]).reshape(-1, *(1,) * (ndim - 1))
+    if ndim == 0:
+        return np.asarray(frame[0:1]).reshape(())
+    of_rows = frame[0:1] if frame.shape == (1,) else frame[at]
+    return np.asarray(of_rows).reshape(-1, *(1,) * (ndim - 1))
