@@ -26,8 +26,12 @@ says that ``m`` or ``u`` is not finite.
 round to ``u``.
 
 The random bits are a function of the step, the parameter's position and the element's
-number, so that they are the same in each run and for any number of threads. The functions
-here do in NumPy what ``_native/compact.hpp`` does in C++, with the same bits.
+number, so that they are the same in each run and for any number of threads.
+
+Codes and bits are written once for each compiler: in NumPy here, in C++
+(``_native/compact.hpp``) and Triton (``torch/triton_compact.py``) with the same bits, and
+in JAX (``jax/compact.py``), where a code now and then differs by one. ``torch/state.py``
+converts the state of checkpoints, on any device.
 """
 
 import math
@@ -41,15 +45,18 @@ Float32Array = npt.NDArray[np.float32]
 
 STATE_DTYPES = ("float32", "bfloat16", "8bit")
 
-MOMENT_CODES = np.float32(127 / 1.25)  # for one norm
 LARGEST_RATIO = 1.25
+MOMENT_CODES = np.float32(127 / LARGEST_RATIO)  # for one norm
 NOT_FINITE = 255
 LARGEST = 254
 SMALLEST_POWER = 40
 
-_QUARTERS = np.array([0, 0x1837F0, 0x3504F3, 0x5744FD], np.int32)  # of mantissas
-_HALFWAY = np.array([0xB95C2, 0x25FED7, 0x45672B, 0x6AC0C7], np.int32)
-_GOLDEN = 0x9E3779B97F4A7C15
+# Mantissas: of 2**(0/4), ..., 2**(3/4), and halfway, of 2**(1/8), ..., 2**(7/8).
+QUARTERS = 0, 0x1837F0, 0x3504F3, 0x5744FD
+HALFWAY = 0xB95C2, 0x25FED7, 0x45672B, 0x6AC0C7
+QUARTER_OCTAVE = float.fromhex("0x1.62e42fefa39efp-3")  # log(2) / 4
+GOLDEN = 0x9E3779B97F4A7C15
+TO_NEAREST = 1 << 15  # in place of random bits
 _WORD = 2**64 - 1
 
 
@@ -58,6 +65,19 @@ def check_state_dtype(value: object, name: str = "state_dtype") -> str:
     if not (isinstance(value, str) and value in STATE_DTYPES):
         expected = ", ".join(map(repr, STATE_DTYPES))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+    return value
+
+
+def check_saved_dtype(value: object) -> None:
+    """Raise a ValueError unless ``state_dict`` can give state as this."""
+    if value not in (None, "float32"):
+        raise ValueError(f"state_dtype must be None or 'float32', got {value!r}")
+
+
+def check_stochastic_rounding(value: object) -> bool:
+    """Return ``value`` if it is True or False, else raise a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"stochastic_rounding must be a bool, got {value!r}")
     return value
 
 
@@ -96,7 +116,7 @@ def frame_after(frame: Array, decay: Array | float) -> Float32Array:
 
 def frame_factor(frame: Array) -> npt.NDArray[np.float64]:
     """``2**(frame / 4)``, by a series whose bits are the same everywhere."""
-    exponent = frame.astype(np.float64) * float.fromhex("0x1.62e42fefa39efp-3")
+    exponent = frame.astype(np.float64) * QUARTER_OCTAVE
     series = np.ones_like(exponent)
     for i in range(9, 1, -1):
         series = 1 + exponent * (1.0 / i) * series
@@ -109,7 +129,7 @@ def frame_factor(frame: Array) -> npt.NDArray[np.float64]:
 def seed_of(step: float, where: int) -> int:
     """The seed of the bits for a parameter in a step."""
     step = step if 0 <= step < 2**53 else 0
-    return (int(step) + where * _GOLDEN) & _WORD
+    return (int(step) + where * GOLDEN) & _WORD
 
 
 def random_bits(seed: int, operand: int, numbers: Array) -> npt.NDArray[np.uint32]:
@@ -127,7 +147,7 @@ def random_bits(seed: int, operand: int, numbers: Array) -> npt.NDArray[np.uint3
 
 def _mixed(word: int) -> int:
     """The finaliser of splitmix64."""
-    word = (word + _GOLDEN) & _WORD
+    word = (word + GOLDEN) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return word ^ (word >> 31)
@@ -184,7 +204,11 @@ def encode(
     with np.errstate(all="ignore"):
         bits = np.asarray(u * factor.astype(np.float32), np.float32).view(np.int32)
         codes = ((bits >> 23) - (127 - SMALLEST_POWER)) * 4
-        codes += np.sum((bits & 0x7FFFFF)[..., None] >= _HALFWAY, axis=-1, dtype=np.int32)
+        codes += np.sum(
+            (bits & 0x7FFFFF)[..., None] >= np.array(HALFWAY, np.int32),
+            axis=-1,
+            dtype=np.int32,
+        )
         codes = np.clip(codes, 0, LARGEST)
         of_m = (float(MOMENT_CODES) * factor).astype(np.float32)
         level = m * _power(8 * SMALLEST_POWER - codes) * of_m
@@ -200,5 +224,5 @@ def encode(
 def _power(codes: npt.NDArray[np.int32]) -> Float32Array:
     """``2**(code / 4 - 40)``."""
     exponent = (codes >> 2) + (127 - SMALLEST_POWER)
-    bits = (exponent << 23) | _QUARTERS[codes & 3]
+    bits = (exponent << 23) | np.array(QUARTERS, np.int32)[codes & 3]
     return np.asarray(bits.astype(np.int32)).view(np.float32)

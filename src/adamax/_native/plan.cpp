@@ -162,7 +162,7 @@ bool Plan::add_frames(PyObject* frames) {
         if (!read_frames(each[i], of_parameters_[i], 1, &parameter.frame)) return false;
         if (!parameter.frame) continue;
         parameter.rounding.frame =
-            Frame::after_decay(*parameter.frame, parameter.scalars.beta_2);
+            Frame::shifted(*parameter.frame, Frame::shift_of(parameter.scalars.beta_2));
     }
     return true;
 }

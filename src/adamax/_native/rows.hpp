@@ -52,15 +52,16 @@ struct Rows {
         for (int k = 0; k < 3; ++k) prefetch_begin(base[k] + row * row_step[k], k);
         if (frames) prefetch(reinterpret_cast<const char*>(frames + row));
     }
-    // How a row is rounded whose norms are multiplied by `decay`.
-    Rounding rounding_of(int64_t row, double decay) const {
+    // How a row is rounded whose frame is shifted.
+    Rounding rounding_of(int64_t row, double shift) const {
         Rounding of_row = rounding;
-        if (frames) of_row.frame = Frame::after_decay(frames[row], decay);
+        if (frames) of_row.frame = Frame::shifted(frames[row], shift);
         return of_row;
     }
-    // Where it catches up: not by the bits of the step itself.
+    // Where its norms are multiplied by `decay` as it catches up: not by the bits of the
+    // step itself.
     Rounding rounding_of_gap(int64_t row, double decay) const {
-        Rounding of_row = rounding_of(row, decay);
+        Rounding of_row = rounding_of(row, frames ? Frame::shift_of(decay) : 0);
         of_row.seed = ~of_row.seed;
         return of_row;
     }
@@ -102,13 +103,13 @@ template <class T>
 struct RowScalars {
     Scalars<T> rounded;
     double scale;
-    double beta_2;
-    bool wide;  // a gradient wider than the arithmetic is scaled before it is rounded
+    double shift;  // of frames
+    bool wide;     // a gradient wider than the arithmetic is scaled before it is rounded
 
     RowScalars(const Rows& rows, const Scalars<double>& scalars)
         : rounded(adamax::rounded<T>(scalars)),
           scale(scalars.scale),
-          beta_2(scalars.beta_2),
+          shift(Frame::shift_of(scalars.beta_2)),
           wide(rows.operands[3].dtype == Dtype::kFloat64 && sizeof(T) == sizeof(float)) {
         if (wide) rounded.scale = 1;
     }
@@ -124,7 +125,7 @@ void update_row(const Rows& rows, const Keys& keys, int64_t i, int64_t end,
     const char* of_row[kOperands];
     rows.place(keys.row(i), of_row);
     of_row[3] = rows.value(keys.position(i));
-    const Rounding rounding = rows.rounding_of(keys.row(i), scalars.beta_2);
+    const Rounding rounding = rows.rounding_of(keys.row(i), scalars.shift);
     const int64_t before = keys.row(i) * rows.length();  // elements
     rows.walk.each_run(
         of_row, 0, rows.length(), [&](const Places& places, int64_t number, int64_t n) {

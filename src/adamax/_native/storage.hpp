@@ -44,12 +44,12 @@ struct Frame {
     float before = 0;
     float after = 0;
 
-    // Of a norm that is multiplied by `decay` in between.
-    static Frame after_decay(float before, double decay) {
-        if (!(decay > 0)) return {before, 0};
-        const double sum = before - 4 * std::log2(decay);
+    // What is added to it where norms are multiplied by `decay`; infinity for 0.
+    static double shift_of(double decay) { return -4 * std::log2(decay); }
+    static Frame shifted(float before, double shift) {
+        const double sum = before + shift;
         const float after = float(sum - std::floor(sum));
-        return {before, after < 1 ? after : 0};
+        return {before, after < 1 ? after : 0};  // 0 also where it is not a number
     }
     // 2**(frame / 4), by a series whose bits are the same everywhere.
     static double factor(float frame) {

@@ -74,7 +74,8 @@ inline void run_dense(const Call& call, size_t gradient, float* frame) {
     parameter.rounding = rounding_of(call, gradient + 2);
     parameter.frame = frame;
     if (frame) {
-        parameter.rounding.frame = Frame::after_decay(*frame, parameter.scalars.beta_2);
+        parameter.rounding.frame =
+            Frame::shifted(*frame, Frame::shift_of(parameter.scalars.beta_2));
     }
     step.threads = call.threads();
     step.run();
@@ -97,7 +98,7 @@ inline void dense_of_rows(const Call& call) {
             // As many as have the same frame.
             int64_t end = row + 1;
             while (end < stop && rows.frames[end] == rows.frames[row]) ++end;
-            const Rounding rounding = rows.rounding_of(row, scalars.beta_2);
+            const Rounding rounding = rows.rounding_of(row, scalars.shift);
             Places places;
             for (int k = 0; k < kOperands; ++k) {
                 places[k] = const_cast<char*>(rows.base[k]) + row * rows.row_step[k];

@@ -12,15 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.compact import LARGEST, MOMENT_CODES, NOT_FINITE, SMALLEST_POWER
+from .._core.compact import (
+    GOLDEN,
+    HALFWAY,
+    LARGEST,
+    MOMENT_CODES,
+    NOT_FINITE,
+    QUARTER_OCTAVE,
+    QUARTERS,
+    SMALLEST_POWER,
+    TO_NEAREST,
+)
 
 Two: TypeAlias = tuple[jax.Array, jax.Array]
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_QUARTERS = 0x1837F0, 0x3504F3, 0x5744FD  # mantissas of 2**(1/4), 2**(2/4), 2**(3/4)
-_HALFWAY = 0xB95C2, 0x25FED7, 0x45672B, 0x6AC0C7  # of 2**(1/8), ..., 2**(7/8)
-_QUARTER_OCTAVE = float(np.log(2) / 4)
-_HALF = np.uint32(1 << 15)  # in place of random bits, to round to the nearest code
+_TO_NEAREST = np.uint32(TO_NEAREST)
 
 
 # --- Random bits -------------------------------------------------------------------------
@@ -40,7 +46,7 @@ def random_of_leaves(count: jax.Array, leaves: int, stochastic: bool) -> jax.Arr
         of the seed for each of the parameter, ``mu`` and ``nu``; then for each of these
         where stale rows catch up before the step.
     """
-    wheres = np.arange(leaves, dtype=np.uint64) * np.uint64(_GOLDEN)
+    wheres = np.arange(leaves, dtype=np.uint64) * np.uint64(GOLDEN)
     step = _Word(jnp.zeros(leaves, jnp.uint32), jnp.full(leaves, count.astype(jnp.uint32)))
     words = (wheres >> np.uint64(32)).astype(np.uint32), wheres.astype(np.uint32)
     seed = step.plus(_Word(*map(jnp.asarray, words)))
@@ -129,7 +135,7 @@ class _Word(NamedTuple):
 
     def mixed(self) -> "_Word":
         """The finaliser of splitmix64."""
-        word = self.plus(_Word.of(_GOLDEN))
+        word = self.plus(_Word.of(GOLDEN))
         word = word.shifted(30).times(0xBF58476D1CE4E5B9)
         return word.shifted(27).times(0x94D049BB133111EB).shifted(31)
 
@@ -139,7 +145,7 @@ class _Word(NamedTuple):
 
 def frame_after(frame: jax.Array, decay: Any, rest: Any = 0.0) -> jax.Array:
     """The frame of norms that have been multiplied by ``decay + rest``."""
-    shift = -jnp.log1p((decay - 1) + rest) / np.float32(_QUARTER_OCTAVE)
+    shift = -jnp.log1p((decay - 1) + rest) / np.float32(QUARTER_OCTAVE)
     whole = jnp.floor(frame + shift)
     # The difference is exact where the frame is close to 1.
     after = (frame - whole) + shift
@@ -148,7 +154,7 @@ def frame_after(frame: jax.Array, decay: Any, rest: Any = 0.0) -> jax.Array:
 
 def _factor(frame: jax.Array) -> jax.Array:
     """``2**(frame / 4)``, by a series that is the same everywhere."""
-    exponent = frame * np.float32(_QUARTER_OCTAVE)
+    exponent = frame * np.float32(QUARTER_OCTAVE)
     series = jnp.ones_like(exponent)
     for i in range(9, 0, -1):
         series = 1 + exponent * np.float32(1 / i) * series
@@ -171,12 +177,12 @@ def decode(mu: jax.Array, nu: jax.Array, frame: jax.Array) -> Two:
     return mu.astype(jnp.float32) * (np.float32(1) / MOMENT_CODES) * norm, norm
 
 
-def encode(m: jax.Array, u: jax.Array, frame: jax.Array, random: Any = _HALF) -> Two:
+def encode(m: jax.Array, u: jax.Array, frame: jax.Array, random: Any = _TO_NEAREST) -> Two:
     """The codes of moments; ``random`` has 16 bits for each, or rounds to nearest."""
     factor = _factor(_for_elements(frame, u.ndim))
     bits = jax.lax.bitcast_convert_type(u * factor, jnp.int32)
     codes = ((bits >> 23) - (127 - SMALLEST_POWER)) * 4
-    for halfway in _HALFWAY:
+    for halfway in HALFWAY:
         codes = codes + ((bits & 0x7FFFFF) >= halfway)
     codes = jnp.clip(codes, 0, LARGEST)
     level = m * _power(8 * SMALLEST_POWER - codes) * (MOMENT_CODES * factor)
@@ -204,7 +210,7 @@ def _power(codes: jax.Array) -> jax.Array:
     """``2**(code / 4 - 40)``."""
     quarter = codes & 3
     mantissa = jnp.zeros_like(codes)
-    for number, bits in enumerate(_QUARTERS, start=1):
+    for number, bits in enumerate(QUARTERS[1:], start=1):
         mantissa = jnp.where(quarter == number, bits, mantissa)
     exponent = (codes >> 2) + (127 - SMALLEST_POWER)
     return jax.lax.bitcast_convert_type((exponent << 23) | mantissa, jnp.float32)

@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core.compact import check_betas, check_state_dtype
+from .._core.compact import (
+    check_betas,
+    check_state_dtype,
+    check_stochastic_rounding,
+)
 from .._core.exact import Expansion
 from .._core.rule import check_learning_rate, checked_number, decay_factor
 from ._compat import is_placeholder
@@ -72,11 +76,7 @@ class Adamax(optax.GradientTransformationExtraArgs):
         self._eps = _checked("epsilon", eps)
         self._weight_decay = _checked("weight_decay", weight_decay)
         self._kind = check_state_dtype(state_dtype)
-        if not isinstance(stochastic_rounding, bool):
-            raise TypeError(
-                f"stochastic_rounding must be a bool, got {stochastic_rounding!r}"
-            )
-        self._stochastic = stochastic_rounding
+        self._stochastic = check_stochastic_rounding(stochastic_rounding)
         numbers = isinstance(self._b1, float) and isinstance(self._b2, float)
         if self._kind == "8bit" and numbers:
             check_betas(self._b1, self._b2, "b1 and b2")

@@ -186,10 +186,7 @@ class Adamax:
             raise TypeError(f"name must be a str, got {name!r}")
         if not (state_dir is None or isinstance(state_dir, str | os.PathLike)):
             raise TypeError(f"state_dir must be a path, got {state_dir!r}")
-        if not isinstance(stochastic_rounding, bool):
-            raise TypeError(
-                f"stochastic_rounding must be a bool, got {stochastic_rounding!r}"
-            )
+        self._stochastic_rounding = compact.check_stochastic_rounding(stochastic_rounding)
         if compact.check_state_dtype(state_dtype) == "bfloat16":
             bfloat16()  # which may not be installed
         self._hyperparameters = Hyperparameters(
@@ -206,7 +203,6 @@ class Adamax:
         if state_dtype == "8bit":
             compact.check_betas(self.beta_1, self.beta_2)
         self.name = name
-        self._stochastic_rounding = stochastic_rounding
         self._iterations = np.zeros((), np.int64)
         self._lock = TableLock()
         self._parameters = Parameters(
@@ -653,8 +649,7 @@ class Adamax:
         >>> optimizer.state_dict()
         {'iterations': array(1), '0.m': array([0.2]), '0.u': array([2.])}
         """
-        if state_dtype not in (None, "float32"):
-            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
+        compact.check_saved_dtype(state_dtype)
         self.flush()
         state: dict[str, Array] = {"iterations": np.array(self.iterations, np.int64)}
         for parameter in self._parameters:

@@ -6,13 +6,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .._core.compact import decode, encode
+from .._core.compact import TO_NEAREST, decode, encode
 from .._core.kernels import state_dtype
 
 Array: TypeAlias = npt.NDArray[Any]
 Part: TypeAlias = Literal["m", "u", "frame"]
-
-_HALF = 1 << 15  # in place of random bits, to round to the nearest code
 
 
 class ArrayLike(Protocol):
@@ -86,8 +84,8 @@ def store(kind: str, parts: Mapping[Part, Array], at: Any, m: Array, u: Array) -
     """Write what :func:`moments` returned, rounded to nearest."""
     if kind == "8bit":
         m, u = (np.asarray(x, np.float32) for x in (m, u))
-        half = np.full(m.shape, _HALF, np.uint32)
-        m, u = encode(m, u, _frame_at(parts["frame"], at, m.ndim), half)
+        nearest = np.full(m.shape, TO_NEAREST, np.uint32)
+        m, u = encode(m, u, _frame_at(parts["frame"], at, m.ndim), nearest)
     parts["m"][at], parts["u"][at] = m, u
 
 

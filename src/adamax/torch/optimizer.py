@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from .._core.compact import check_saved_dtype
 from . import _compat
 from .attach import Attachment, attach
 from .batch import Batch, Scaling
@@ -455,8 +456,7 @@ class Adamax(Optimizer):
         it is the checkpoint of a dense optimizer: save a model that is not attached after
         this, not before.
         """
-        if state_dtype not in (None, "float32"):
-            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
+        check_saved_dtype(state_dtype)
         with self._tables.lock.held:
             self.flush()
             saved = super().state_dict()

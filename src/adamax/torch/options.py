@@ -181,9 +181,7 @@ def _path(group: Mapping[str, Any]) -> tuple[str, bool]:
 def _check_compact(group: Mapping[str, Any], h: Hyperparameters, path: str) -> None:
     """Raise for options that compact state and stochastic rounding exclude."""
     kind = compact.check_state_dtype(group["state_dtype"])
-    stochastic = group["stochastic_rounding"]
-    if not isinstance(stochastic, bool):
-        raise TypeError(f"stochastic_rounding must be a bool, got {stochastic!r}")
+    stochastic = compact.check_stochastic_rounding(group["stochastic_rounding"])
     if kind == "8bit":
         compact.check_betas(h.beta_1, h.beta_2, "betas")
     if (kind != "float32" or stochastic) and (path != "compiled" or group["capturable"]):

@@ -9,13 +9,15 @@ import triton.language as tl
 
 from .._core import compact
 
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_GOLDEN = tl.constexpr(compact.GOLDEN)
 _LARGEST = tl.constexpr(compact.LARGEST)
 _NOT_FINITE = tl.constexpr(compact.NOT_FINITE)
 _SMALLEST_POWER = tl.constexpr(compact.SMALLEST_POWER)
 _MOMENT_CODES = tl.constexpr(float(compact.MOMENT_CODES))
 _OF_ONE_CODE = tl.constexpr(float(1 / compact.MOMENT_CODES))
-_OF_QUARTER = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-3"))  # log(2) / 4
+_QUARTER_OCTAVE = tl.constexpr(compact.QUARTER_OCTAVE)
+_QUARTER_1, _QUARTER_2, _QUARTER_3 = map(tl.constexpr, compact.QUARTERS[1:])
+_HALF_1, _HALF_3, _HALF_5, _HALF_7 = map(tl.constexpr, compact.HALFWAY)
 
 
 # --- Random bits -----------------------------------------------------------------------
@@ -73,7 +75,7 @@ def scales_of(before, after):
 @triton.jit
 def _frame_factor(frame):
     """``2**(frame / 4)``, by its series."""
-    exponent = frame.to(tl.float64) * _OF_QUARTER
+    exponent = frame.to(tl.float64) * _QUARTER_OCTAVE
     series = exponent * 0 + 1.0
     for i in tl.static_range(9):
         series = 1.0 + exponent * (1.0 / (9 - i)) * series
@@ -154,9 +156,8 @@ def _encode(m, u, of_u, of_m, random):
     bits = (u * of_u.to(tl.float32)).to(tl.int32, bitcast=True)
     mantissa = bits & 0x7FFFFF
     code = ((bits >> 23) - (127 - _SMALLEST_POWER)) * 4
-    # Halfway between two codes: the mantissas of 2**(1/8), 2**(3/8), 2**(5/8), 2**(7/8).
-    code += (mantissa >= 0xB95C2).to(tl.int32) + (mantissa >= 0x25FED7).to(tl.int32)
-    code += (mantissa >= 0x45672B).to(tl.int32) + (mantissa >= 0x6AC0C7).to(tl.int32)
+    code += (mantissa >= _HALF_1).to(tl.int32) + (mantissa >= _HALF_3).to(tl.int32)
+    code += (mantissa >= _HALF_5).to(tl.int32) + (mantissa >= _HALF_7).to(tl.int32)
     code = tl.where(code > 0, code, 0)
     code = tl.where(code < _LARGEST, code, _LARGEST)
     level = m * _power_of(-(code - 8 * _SMALLEST_POWER)) * of_m.to(tl.float32)
@@ -175,8 +176,8 @@ def _encode(m, u, of_u, of_m, random):
 def _power_of(code):
     """``2**(code / 4 - 40)``."""
     is_odd, is_high = (code & 1) != 0, (code & 2) != 0
-    low = tl.where(is_odd, 0x1837F0, 0)
-    high = tl.where(is_odd, 0x5744FD, 0x3504F3)
+    low = tl.where(is_odd, _QUARTER_1, 0)
+    high = tl.where(is_odd, _QUARTER_3, _QUARTER_2)
     exponent = (code >> 2) + (127 - _SMALLEST_POWER)
     bits = (exponent << 23) | tl.where(is_high, high, low)
     return bits.to(tl.float32, bitcast=True)
