@@ -25,7 +25,7 @@ from .device import triton_serves
 from .exact import Tables, part_of_step
 from .native import Call
 from .options import Options, check_count
-from .sparse import by_frames, check_frames, every_row, has_rows, sparse_rows
+from .sparse import by_frames, check_sparse_in_rows, every_row, has_rows, sparse_rows
 
 _IS_SPARSE, _IS_CPU, _DTYPE = map(attrgetter, ("is_sparse", "is_cpu", "dtype"))
 _NO_SCALING = Scaling()
@@ -73,7 +73,9 @@ def take_step(
         if batch.params:
             batch = _local(batch)
             _check_leaves(batch, options)
-            check_frames(batch, called)
+            if batch.frames is not None:
+                for param, grad in zip(batch.params, batch.grads, strict=True):
+                    check_sparse_in_rows(param, grad, "state_dtype='8bit'", called)
             for way, part in _ways(batch, options):
                 if way not in ("native", "triton") and options.needs_kernels:
                     raise RuntimeError(

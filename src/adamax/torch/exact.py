@@ -23,7 +23,7 @@ from .cuda_exact import RowsOnDevice, TableOnDevice, WithState
 from .device import triton_serves
 from .native import LOOKUP
 from .options import NAMES, Options, kind_of, state_dtype, stored_dtype
-from .sparse import SparseRows, frame_of_rows
+from .sparse import SparseRows, check_sparse_in_rows, frame_of_rows
 from .state import is_compact
 
 _INDICES = 5  # in OPERANDS of the verbs
@@ -280,11 +280,7 @@ class Tables:
         name = self.called(param)
         on_device = triton_serves([param])
         self._check_tensors(one, on_device, name)
-        if grad.sparse_dim() != 1:
-            raise ValueError(
-                f"sparse='exact' needs gradients that are sparse in the rows alone, got "
-                f"one of {name} with {grad.sparse_dim()} sparse dimensions"
-            )
+        check_sparse_in_rows(param, grad, "sparse='exact'", self.called)
         table = self._tables.setdefault(param, Table())
         if on_device and table.parallel() is not None:
             raise RuntimeError(

@@ -137,7 +137,7 @@ class Call:
         return joined
 
     def _scalars(self, counts: list[float]) -> Float64Array:
-        """Those of dense parameters, ``(n, 8)``, or ``(1, 8)`` where all are alike."""
+        """Those of dense parameters, ``(n, 10)``, or ``(1, 10)`` where all are alike."""
         rows: list[Float64Array] = []
         for part in self._dense:
             of_part = counts[len(rows) : len(rows) + len(part.batch.params)]

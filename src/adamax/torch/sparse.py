@@ -104,16 +104,15 @@ def has_rows(frame: Tensor | None) -> bool:
     return frame is not None and frame.numel() != 1
 
 
-def check_frames(batch: Batch, called: Called) -> None:
-    """Raise for gradients that frames do not allow."""
-    if batch.frames is None:
-        return
-    for param, grad, frame in zip(batch.params, batch.grads, batch.frames, strict=True):
-        if frame is not None and grad.is_sparse and grad.sparse_dim() != 1:
-            raise ValueError(
-                f"state_dtype='8bit' needs gradients that are sparse in the rows alone, "
-                f"got one of {called(param)} with {grad.sparse_dim()} sparse dimensions"
-            )
+def check_sparse_in_rows(
+    param: Tensor, gradient: Tensor, what: str, called: Called
+) -> None:
+    """Raise a ValueError for a gradient that is sparse in more dimensions than the rows."""
+    if gradient.layout is not torch.strided and gradient.sparse_dim() != 1:
+        raise ValueError(
+            f"{what} needs gradients that are sparse in the rows alone, got one of "
+            f"{called(param)} with {gradient.sparse_dim()} sparse dimensions"
+        )
 
 
 def frame_of_rows(frame: Tensor, rows: int) -> Tensor:
