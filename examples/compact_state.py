@@ -19,19 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adamax.torch import Adamax
-from torch_next_word import Corpus, NextWord, batches, build_corpus, held_out_loss
+from torch_next_word import Corpus, NextWord, batches, held_out_loss, read_corpus
 from word_vectors import (
     OneLineParser,
-    python_documentation,
+    new_figure,
     rate,
-    read_text,
     run_program,
+    save_figure,
     whole_number,
 )
 
@@ -125,8 +123,7 @@ def print_results(runs: dict[str, list[Run]], steps: Sequence[int]) -> None:
 
 
 def save_plot(path: Path, runs: dict[str, list[Run]], steps: Sequence[int]) -> None:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4)
     by_steps, apart = figure.subplots(1, 2)
     losses = means(runs)
     looks = {
@@ -143,11 +140,7 @@ def save_plot(path: Path, runs: dict[str, list[Run]], steps: Sequence[int]) -> N
     apart.set(
         xlabel="steps", ylabel="difference of the loss to float32", ylim=(-0.01, 0.01)
     )
-    for axes in (by_steps, apart):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 # --- The program -----------------------------------------------------------------------
@@ -172,11 +165,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    print(f"Text        {options.text or 'the documentation of Python'}", flush=True)
-    text = read_text(options.text) if options.text else python_documentation()
-    corpus = build_corpus(text, options.rows)
+    corpus = read_corpus(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
     print(f"Gradients   {options.sparse}")
     runs = all_runs(corpus, options)
     steps = evaluated_steps(options.steps)

@@ -27,20 +27,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adamax.torch import Adamax
-from torch_next_word import Corpus, NextWord, batches, build_corpus, held_out_loss
+from torch_next_word import Corpus, NextWord, batches, held_out_loss, read_corpus
 from word_vectors import (
     OneLineParser,
     UnusableInputError,
-    python_documentation,
+    new_figure,
     rate,
-    read_text,
     run_program,
+    save_figure,
     whole_number,
 )
 
@@ -137,8 +135,7 @@ def print_results(runs: dict[str, Run]) -> None:
 
 
 def save_plot(path: Path, runs: dict[str, Run]) -> None:
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.2)
     by_steps, differences, by_seconds = figure.subplots(1, 3)
     looks = {
         DENSE: {"color": "0.6", "linewidth": 4},
@@ -163,11 +160,7 @@ def save_plot(path: Path, runs: dict[str, Run]) -> None:
         ylabel="held-out loss per word",
         xscale="log",
     )
-    for axes in (by_steps, differences, by_seconds):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 # --- The program -----------------------------------------------------------------------
@@ -189,13 +182,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    print(f"Text        {options.text or 'the documentation of Python'}", flush=True)
-    text = read_text(options.text) if options.text else python_documentation()
-    corpus = build_corpus(text, options.rows)
+    corpus = read_corpus(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    used = len(corpus.training[0].unique())
-    print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
-    print(f"Table       {options.rows:,} rows, of which the training text uses {used:,}")
     with tqdm(total=len(KINDS) * options.steps, unit=" steps", dynamic_ncols=True) as bar:
         trained = [train(kind, corpus, options, bar) for kind in KINDS]
         # By turns, so that whatever else the machine does slows all of them down.

@@ -35,15 +35,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from adamax.keras import Adamax
 from word_vectors import (
     OneLineParser,
     UnusableInputError,
+    new_figure,
     rate,
     run_program,
+    save_figure,
     whole_number,
 )
 
@@ -193,16 +193,12 @@ def reloaded_agrees(model: keras.Model, path: Path, examples: Examples) -> bool:
 
 
 def save_plot(path: Path, history: Mapping[str, Sequence[float]]) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for key, label in ((name, "training"), (f"val_{name}", "held out")):
             axes.plot(range(1, len(history[key]) + 1), history[key], ".-", label=label)
         axes.set(xlabel="epoch", ylabel=name)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 # --- The program -----------------------------------------------------------------------

@@ -27,8 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -37,10 +35,12 @@ from adamax.torch import Adamax
 from word_vectors import (
     OneLineParser,
     UnusableInputError,
+    new_figure,
     python_documentation,
     rate,
     read_text,
     run_program,
+    save_figure,
     whole_number,
     words_of,
 )
@@ -69,6 +69,17 @@ class Corpus(NamedTuple):
     @property
     def unseen(self) -> tuple[Tensor, Tensor]:
         return self.rows[-self.held_out :], self.words[-self.held_out :]
+
+
+def read_corpus(options: argparse.Namespace) -> Corpus:
+    """The corpus that an example is to work on; tells what it is."""
+    print(f"Text        {options.text or 'the documentation of Python'}", flush=True)
+    text = read_text(options.text) if options.text else python_documentation()
+    corpus = build_corpus(text, options.rows)
+    used = len(corpus.training[0].unique())
+    print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
+    print(f"Table       {options.rows:,} rows, of which the training text uses {used:,}")
+    return corpus
 
 
 def build_corpus(text: str, rows: int) -> Corpus:
@@ -280,8 +291,7 @@ def print_results(runs: Sequence[Run], baseline: float) -> None:
 
 
 def save_plot(path: Path, runs: Sequence[Run], baseline: float) -> None:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
     by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
     for run in runs:
         seconds = np.concatenate([[0.0], run.seconds.cumsum()])[run.steps]
@@ -291,10 +301,8 @@ def save_plot(path: Path, runs: Sequence[Run], baseline: float) -> None:
     by_seconds.set(xlabel="seconds of training, without evaluation", xscale="log")
     for axes in (by_steps, by_seconds):
         axes.axhline(baseline, color="0.45", linestyle="--", linewidth=1.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
     by_seconds.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, legends=False)
 
 
 # --- The program -----------------------------------------------------------------------
@@ -326,15 +334,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    print(f"Text        {options.text or 'the documentation of Python'}", flush=True)
-    text = read_text(options.text) if options.text else python_documentation()
-    corpus = build_corpus(text, options.rows)
+    corpus = read_corpus(options)
     options.out.mkdir(parents=True, exist_ok=True)
     baseline = context_free_loss(corpus)
-    used = len(corpus.training[0].unique())
-    print(f"Words       {len(corpus.words):,}, the last {corpus.held_out:,} held out")
-    print(f"Table       {options.rows:,} rows, of which the training text uses {used:,}")
-
     contenders = [CONTENDERS[name] for name in dict.fromkeys(options.optimizers)]
     with tqdm(
         total=len(contenders) * options.steps, unit=" steps", dynamic_ncols=True

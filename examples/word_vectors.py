@@ -443,16 +443,32 @@ def save_vectors(path: Path, vectors: Floats, vocabulary: list[str]) -> None:
 def save_plot(path: Path, training: Training, baseline: float) -> None:
     epochs = np.arange(len(training.held_out_losses))
     mean_losses = training.losses / np.maximum(1, training.pairs)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot(xlabel="epochs", ylabel="loss per pair")
     axes.set_title("Skip-gram word vectors, trained by Adamax")
     label = "best possible without the centre word"
     axes.axhline(baseline, color="0.5", linestyle="--", label=label)
     axes.plot(epochs, training.held_out_losses, color="C3", label="held-out text")
     axes.plot(epochs[1:] - 0.5, mean_losses, color="C0", label="training text")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    save_figure(figure, path, grids=False)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(
+    figure: Figure, path: Path, *, grids: bool = True, legends: bool = True
+) -> None:
+    """Save a figure in the style of all examples."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        if grids:
+            axes.grid(color="0.92")
+        if legends:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

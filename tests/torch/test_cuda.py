@@ -1,7 +1,6 @@
 """``adamax.torch.Adamax`` on an NVIDIA GPU: ``pytest -m cuda``."""
 
 import copy
-import os
 
 import numpy as np
 import pytest
@@ -22,19 +21,13 @@ from torch_cases import (
     take_steps,
     torch,
 )
+from torch_on_gpu import DEVICE, gpu  # noqa: F401  (a fixture)
 
 from adamax.torch import Adamax, clip_grad_norm_, clip_grad_value_  # isort: skip
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("gpu")]
 
-DEVICE = "cuda"
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _gpu():
-    assert torch.cuda.is_available(), "these tests need an NVIDIA GPU"
-    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "Triton is to compile"
 
 
 def parameter(rng, shape, dtype="float32", device=None):

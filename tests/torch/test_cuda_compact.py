@@ -1,7 +1,5 @@
 """Compact state and stochastic rounding on an NVIDIA GPU: ``pytest -m cuda``."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -14,22 +12,16 @@ from torch_cases import (
     take_steps,
     torch,
 )
+from torch_on_gpu import DEVICE, gpu  # noqa: F401  (a fixture)
 
 from adamax.torch import Adamax  # isort: skip  (not without torch)
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("gpu")]
 
-DEVICE = "cuda"
 SHAPES = ((300_001,), (2000, 33), (2000, 600))
 DTYPES = ("float32", "bfloat16")
 
 kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "8bit"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _gpu():
-    assert torch.cuda.is_available(), "these tests need an NVIDIA GPU"
-    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "Triton is to compile"
 
 
 def started(numbers, device, **options):
