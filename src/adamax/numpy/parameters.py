@@ -47,7 +47,7 @@ class Parameter:
                 f"parameter {name!r} must have one of the dtypes {', '.join(DTYPES)}, "
                 f"got {array.dtype}"
             )
-        self._dtypes = dtypes_of(state_dtype, array.dtype)
+        self._dtypes = dtypes_of(state_dtype, array.dtype, name)
         self.name = name
         self.state_dtype = state_dtype
         self.state: State = {}  # none yet

@@ -39,8 +39,8 @@ def bfloat16() -> np.dtype[Any]:
     return dtype
 
 
-def dtypes_of(kind: str, dtype: np.dtype[Any]) -> dict[Part, np.dtype[Any]]:
-    """The dtypes of the parts of compact or other state, for a parameter of ``dtype``.
+def dtypes_of(kind: str, dtype: np.dtype[Any], name: str) -> dict[Part, np.dtype[Any]]:
+    """The dtypes of the parts of state of a kind, for a parameter of ``dtype``.
 
     Raises:
         ValueError: compact state for a float64 parameter.
@@ -50,7 +50,8 @@ def dtypes_of(kind: str, dtype: np.dtype[Any]) -> dict[Part, np.dtype[Any]]:
         return {"m": arithmetic, "u": arithmetic}
     if arithmetic == np.float64:
         raise ValueError(
-            f"state_dtype={kind!r} needs parameters of at most 32 bits, got float64"
+            f"with state_dtype={kind!r} parameter {name!r} must be of at most 32 bits, got "
+            f"{dtype}"
         )
     if kind == "bfloat16":
         return {"m": bfloat16(), "u": bfloat16()}
